@@ -119,7 +119,7 @@ def make_sampler(
 
 
 def generate(
-    sampler: Callable[..., Samples], params: Any, batch: dict[str, Any], seeds: Sequence[int]
+    sampler: Callable[..., Samples], params: Any, batch: dict[str, Any], seeds: Any
 ) -> Samples:
     """Runs a sampler on a host batch and brings the result back as numpy arrays.
 

@@ -1,0 +1,43 @@
+# Fresh machine: Python >= 3.11 with venv and pip is all these need.
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/quickstart
+BIN = $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: quickstart test test-slow reproduce bench lint clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps carry the dependency lists, so an edited pyproject.toml installs again.
+$(VENV)/.installed: $(BIN)/python pyproject.toml setup.py
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.installed-test: $(BIN)/python pyproject.toml setup.py
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@ $(VENV)/.installed
+
+quickstart: $(VENV)/.installed  ## learn from language feedback on the digits world, then open the report
+	$(BIN)/python launch/llf.py --config configs/ti2t/digits_llf.py --workdir $(RUN)
+
+test: $(VENV)/.installed-test  ## the default tests
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-test  ## every test, the slow ones too
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+reproduce: $(VENV)/.installed  ## LLF with several training seeds, wider grids, Figure 5 and Table 3
+	$(BIN)/python launch/reproduce.py --workdir runs/reproduce
+
+bench: $(VENV)/.installed-test  ## side-by-side measurements with their baselines
+	$(BIN)/python benchmarks/llava_dpo.py
+	$(BIN)/python benchmarks/dpo_memory.py
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,1 @@
+"""Evaluation: statistics with intervals, and the graders of each world and benchmark."""
