@@ -1,0 +1,197 @@
+"""The iterator of batches: shuffled anew each epoch, sharded over processes, exactly resumable.
+
+Which examples stand in batch ``step`` is a pure function of (seed, step), so the state of the
+iterator is one number and a resumed run sees bit for bit the batches it would have seen.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from aa_jax.data.collate import Batch, Shapes
+from aa_jax.data.example import Report
+from aa_jax.data.tokens import Sizes
+from aa_jax.errors import DataError
+
+log = logging.getLogger(__name__)
+
+
+class Loader:
+    """Batches of a random-access dataset.
+
+    Args:
+      data: random-access sequence of examples (``aa_jax.data.dataset.Dataset`` with a processor).
+      collate: called as ``collate(rows, batch_rows=n)``; pads a short batch to n rows, e.g.
+        ``functools.partial(aa_jax.data.collate.collate, shapes=..., layout=...)``.
+      batch_rows: rows of the global batch; each process makes ``batch_rows / process_count``.
+      epochs: passes over the data; None never ends.
+      seed: of the order.
+      shuffle: a new order each epoch; otherwise the order of the data.
+      drop_remainder: leave out the last, partial batch of an epoch.
+      groups: rows made of several examples (packing), as from ``pack``; default one each.
+      process_index: this process.
+      process_count: number of processes; together they make exactly the single-process batches.
+      threads: batches made in parallel; 0 makes each when it is asked for.
+      prefetch: batches made ahead when threads > 0.
+
+    Raises:
+      DataError: no data, or batch_rows does not fit the processes.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Any],
+        collate: Callable[..., Batch],
+        batch_rows: int,
+        *,
+        epochs: int | None = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_remainder: bool = False,
+        groups: Sequence[Sequence[int]] | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+        threads: int = 0,
+        prefetch: int = 2,
+    ):
+        if batch_rows < 1 or batch_rows % process_count:
+            raise DataError(
+                f"batch_rows={batch_rows} is not a positive multiple of the {process_count} "
+                "processes."
+            )
+        self.data, self.batch_rows, self.epochs, self.seed = data, batch_rows, epochs, seed
+        self._collate, self._groups = collate, groups
+        self._local = batch_rows // process_count
+        self._first = process_index * self._local
+        self._rows = len(data) if groups is None else len(groups)
+        whole, rest = divmod(self._rows, batch_rows)
+        self.steps_per_epoch = whole + bool(rest and not drop_remainder)
+        if self.steps_per_epoch == 0:
+            raise DataError(
+                f"{self._rows} rows make no batch of {batch_rows}: lower batch_rows or set "
+                "drop_remainder=False."
+            )
+        self.report: Report = getattr(data, "report", None) or Report(len(data), len(data))
+        self._threads, self._prefetch = threads, prefetch
+        self._order = self._make_order(shuffle)
+        log.info("%d steps per epoch of %d rows; %s", self.steps_per_epoch, self._rows, self.report)
+
+    def _make_order(self, shuffle: bool) -> Any:
+        import grain
+
+        order = grain.MapDataset.range(self._rows)
+        return order.seed(self.seed).shuffle() if shuffle else order
+
+    def __len__(self) -> int:
+        """Number of batches of all epochs."""
+        if self.epochs is None:
+            raise DataError("This loader never ends (epochs=None); it has no length.")
+        return self.steps_per_epoch * self.epochs
+
+    def rows(self, step: int) -> list[int]:
+        """The rows of this process's share of batch ``step``; fewer at the end of an epoch."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        first = at * self.batch_rows + self._first
+        last = min(first + self._local, (at + 1) * self.batch_rows, self._rows)
+        # Beyond one length of data grain continues with the next epoch's order.
+        return [int(self._order[epoch * self._rows + i]) for i in range(first, last)]
+
+    def batch(self, step: int) -> Batch:
+        """Batch number ``step``, counted from the start of training."""
+        rows = self.rows(step)
+        if self._groups is None:
+            items = [self.data[i] for i in rows]
+        else:
+            items = [[self.data[i] for i in self._groups[row]] for row in rows]
+        return self._collate(items, batch_rows=self._local)
+
+    def __iter__(self) -> BatchIterator:
+        import grain
+
+        total = len(self) if self.epochs is not None else 2**60
+        steps = grain.MapDataset.range(total).map(self.batch)
+        buffer = self._prefetch if self._threads else 0
+        options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=buffer)
+        return BatchIterator(iter(steps.to_iter_dataset(options)), self._fingerprint())
+
+    def _fingerprint(self) -> dict[str, int]:
+        return {"rows": self._rows, "batch_rows": self.batch_rows, "seed": self.seed}
+
+
+class BatchIterator(Iterator[Batch]):
+    """Batches, and where in the data they are."""
+
+    def __init__(self, batches: Any, fingerprint: dict[str, int]):
+        self._batches, self._fingerprint = batches, fingerprint
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def __iter__(self) -> BatchIterator:
+        return self
+
+    def get_state(self) -> dict[str, Any]:
+        """The position as JSON-able values: what has been handed out, not what is prefetched."""
+        return {"position": self._batches.get_state(), **self._fingerprint}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues at a saved position.
+
+        Raises:
+          DataError: the state belongs to other data, batch size or seed.
+        """
+        changed = [
+            f"{name} {state.get(name)} -> {value}"
+            for name, value in self._fingerprint.items()
+            if state.get(name) != value
+        ]
+        if changed:
+            raise DataError(
+                f"The saved data position belongs to another run: {', '.join(changed)}. Resume "
+                "with the same data, batch size and seed, or start a new run."
+            )
+        self._batches.set_state(state["position"])
+
+
+def pack(sizes: Sequence[Sizes], shapes: Shapes, *, seed: int = 0) -> list[tuple[int, ...]]:
+    """Groups short examples into rows: first fit over a shuffled order.
+
+    The groups stay the same over the epochs (examples in a row do not see each other); the loader
+    shuffles the rows.
+
+    Args:
+      sizes: of each supervised example.
+      shapes: what a row holds; ``response_length`` and ``images`` count for the row as a whole.
+      seed: of the order in which rows are filled.
+
+    Raises:
+      DataError: an example that fits no row.
+    """
+    import numpy as np
+
+    groups: list[list[int]] = []
+    room: list[list[int]] = []
+    open_rows: list[int] = []  # only these are searched, so packing stays linear
+    for i in np.random.default_rng(seed).permutation(len(sizes)):
+        size = sizes[i]
+        responses = sum(size.responses)
+        need = (size.prompt + responses, responses + size.trained, size.images)
+        limits = (shapes.length, shapes.response_length, shapes.images)
+        if any(n > limit for n, limit in zip(need, limits, strict=True)):
+            raise DataError(
+                f"Example {i} needs {need[0]} tokens, {need[1]} response slots and {need[2]} "
+                f"images; a row holds {limits}. Raise the shapes or lower the limits."
+            )
+        for row in open_rows:
+            if all(n <= r for n, r in zip(need, room[row], strict=True)):
+                break
+        else:
+            row = len(groups)
+            groups.append([])
+            room.append(list(limits))
+            open_rows = [*open_rows[-63:], row]
+        groups[row].append(int(i))
+        room[row] = [r - n for n, r in zip(need, room[row], strict=True)]
+    return [tuple(group) for group in groups]

@@ -1,0 +1,195 @@
+"""Decoding images: bytes, a path, a data URL or a datasets column -> an RGB PIL image.
+
+Colour rules, the same for every source. They are LLaVA's, which was trained on
+``Image.open(...).convert("RGB")``: alpha is dropped, not blended (so does ``load_image`` of
+transformers; its newest processors blend over white when handed an RGBA image object); grey is
+repeated; palettes are looked up; CMYK is converted by PIL; 16-bit images are scaled by 1/257 (PIL
+alone would clip them). The EXIF orientation is applied; of an animation the first frame counts.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps
+
+from aa_jax.data.example import Example, Media
+from aa_jax.errors import MediaError
+
+_DATA_URL = re.compile(r"data:(?P<mime>[\w.+-]+/[\w.+-]+)?(;[\w=-]+)*;base64,", re.ASCII)
+_NO_IMAGE_FIX = "Remove or repair the row, or point media_root at the folder with the images."
+
+
+def reference(value: Any, kind: str, where: str = "") -> Media | Image.Image:
+    """What a dataset column holds -> a Media that is not decoded yet (or the PIL image itself).
+
+    Args:
+      value: bytes, path, data URL, base64 text, ``{"bytes", "path"}`` (datasets with
+        ``decode=False``), ``{"array", "sampling_rate"}`` (decoded audio), or a PIL image.
+      kind: ``image``, ``audio`` or ``video``.
+      where: ``file:row`` for the error.
+
+    Raises:
+      MediaError: the column is empty or holds something else.
+    """
+    if isinstance(value, (Image.Image, Media)):
+        return value
+    if isinstance(value, Mapping) and "array" in value:
+        return Media(kind, array=value["array"], sampling_rate=int(value["sampling_rate"]))
+    if isinstance(value, Mapping):
+        data, path = value.get("bytes"), value.get("path")
+        if data or path:
+            return Media(kind, data=data or None, path=path)
+    elif isinstance(value, (bytes, bytearray, memoryview)) and len(value):
+        return Media(kind, data=bytes(value))
+    elif isinstance(value, (str, os.PathLike)) and (text := os.fspath(value)).strip():
+        return _from_text(text.strip(), kind, where)
+    elif isinstance(value, np.ndarray):
+        return Image.fromarray(value)
+    raise MediaError(
+        f"{where or 'A row'}: the {kind} column holds {_describe(value)}; expected bytes, a path, "
+        f'a data URL, {{"bytes", "path"}} or a decoded {kind}. {_NO_IMAGE_FIX}'
+    )
+
+
+def _from_text(text: str, kind: str, where: str) -> Media:
+    if match := _DATA_URL.match(text):
+        return Media(kind, data=_base64(text[match.end() :], where), mime=match["mime"])
+    if text.startswith(("http://", "https://")):
+        raise MediaError(
+            f"{where or 'A row'}: the {kind} is a web address ({text[:80]}); nothing is downloaded "
+            "while training. Download the files first and put their paths in the column."
+        )
+    # Base64 without a header is told from a path by its length: no path is that long.
+    if len(text) > 4096 and re.fullmatch(r"[A-Za-z0-9+/=\s]+", text[:4096]):
+        return Media(kind, data=_base64(text, where))
+    return Media(kind, path=text)
+
+
+def _base64(text: str, where: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=False)
+    except (binascii.Error, ValueError) as error:
+        raise MediaError(f"{where or 'A row'}: broken base64 data ({error}).") from error
+
+
+def _describe(value: Any) -> str:
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, Mapping):
+        return f"a mapping with {sorted(map(str, value)) or 'no keys'} and no content"
+    return f"an empty {type(value).__name__}" if not value else f"a {type(value).__name__}"
+
+
+def find_file(path: str, root: str | None, where: str = "", kind: str = "image") -> Path:
+    """Resolves a media path: absolute, or relative to the dataset's folder.
+
+    Raises:
+      MediaError: no such file; lists the places tried.
+    """
+    given = Path(path).expanduser()
+    tried = [given] if given.is_absolute() or root is None else [Path(root) / given]
+    for candidate in tried:
+        if candidate.is_file():
+            return candidate
+    raise MediaError(
+        f"{where or 'A row'}: {kind} file {path!r} is not at {tried[0]}. Relative paths start at "
+        "the folder of the dataset file; pass media_root=... if the files lie elsewhere."
+    )
+
+
+def read_bytes(media: Media, root: str | None = None, where: str = "") -> bytes:
+    """The encoded file behind a Media."""
+    if media.data is not None:
+        return media.data
+    if media.path is None:
+        raise MediaError(f"{where or 'A row'}: this {media.kind} is already decoded.")
+    return find_file(media.path, root, where, media.kind).read_bytes()
+
+
+def decode_image(value: Any, *, root: str | None = None, where: str = "") -> Image.Image:
+    """Any image value (see ``reference``) -> RGB PIL image.
+
+    Raises:
+      MediaError: missing, truncated or corrupt, naming ``where``.
+    """
+    value = reference(value, "image", where)
+    if isinstance(value, Media):
+        data = read_bytes(value, root, where)
+        name = f" ({value.path})" if value.path else ""
+        try:
+            with warnings.catch_warnings():
+                # Broken EXIF and odd TIFF tags warn; the pixels are what counts here.
+                warnings.simplefilter("ignore", UserWarning)
+                image = Image.open(io.BytesIO(data))
+                _load_whole(image)
+                image = ImageOps.exif_transpose(image)
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            raise MediaError(
+                f"{where or 'A row'}: cannot decode the image{name}, {len(data)} bytes: {error}. "
+                f"{_NO_IMAGE_FIX}"
+            ) from error
+    else:
+        image = value
+    return to_rgb(image)
+
+
+def _load_whole(image: Image.Image) -> None:
+    # Pillow has a global switch that turns truncated files into grey areas; never use it.
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise MediaError(
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: damaged images would train as grey "
+            "areas. Unset it."
+        )
+    image.load()
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL mode -> RGB, by the rules at the top of this file."""
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        pixels = np.asarray(image).astype(np.float64)
+        if image.mode != "F" and (image.mode != "I" or pixels.max(initial=0) > 255):
+            pixels = pixels / 257.0
+        grey = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # otherwise PIL warns; the colours are the same
+    return image.convert("RGB")
+
+
+def image_size(value: Any, *, root: str | None = None, where: str = "") -> tuple[int, int]:
+    """(height, width) from the header alone, orientation applied."""
+    value = reference(value, "image", where)
+    if isinstance(value, Media):
+        data = read_bytes(value, root, where)
+        try:
+            value = Image.open(io.BytesIO(data))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise MediaError(f"{where or 'A row'}: not an image: {error}.") from error
+    width, height = value.size
+    turned = value.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    return (width, height) if turned else (height, width)
+
+
+def decode(example: Example, root: str | None = None) -> Example:
+    """Decodes the images of an example; audio and video stay ``Media`` with a resolved path."""
+    decoded = []
+    for item in example.media:
+        if not isinstance(item, Media) or item.kind == "image":
+            item = decode_image(item, root=root, where=example.where)
+        elif item.path is not None and item.data is None:
+            path = find_file(item.path, root, example.where, item.kind)
+            item = Media(item.kind, path=str(path), mime=item.mime)
+        decoded.append(item)
+    return example.replace(media=tuple(decoded))
