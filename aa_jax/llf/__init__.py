@@ -1,0 +1,1 @@
+"""Learning from language feedback: critique, refine, pair, prefer."""

@@ -1,0 +1,237 @@
+"""The stages of learning from language feedback on the digits world, from nothing to a report."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aa_jax.data import digits, sources, templates
+from aa_jax.data.digits import prompts as wording
+from aa_jax.llf import digits_world as world
+from aa_jax.llf import pipeline
+from aa_jax.llf.lab import Lab, Lengths
+from aa_jax.llf.prompts import Lazy
+from aa_jax.llf.stages import Stage, run_stages, summary, write_json
+from aa_jax.llf.start import pretrain_tower
+from aa_jax.sharding.mesh import make_mesh
+
+BASE = "sft/model"
+FEEDBACK = "feedback/model"
+
+
+def run(
+    workdir: str | Path,
+    *,
+    seed: int = 0,
+    mesh: Mapping[str, int] | None = None,
+    max_digits: int = 3,
+    lengths: Mapping[str, int] | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    model: Mapping[str, Any] | None = None,
+    tower: Mapping[str, Any] | None = None,
+    sft: Mapping[str, Any] | None = None,
+    demonstrations: Mapping[str, Any] | None = None,
+    annotator: str = "bounded",
+    preference_prompts: int = 3200,
+    feedback_prompts: int = 3200,
+    pairs: int | None = 2000,
+    feedback: Mapping[str, Any] | None = None,
+    dpo: Mapping[str, Any] | None = None,
+    validation_prompts: int = 512,
+    test_prompts: int = 1024,
+    stage: str | None = None,
+) -> dict[str, dict]:
+    """Runs (or continues) the pipeline; every argument is a section or key of the config.
+
+    Args:
+      workdir: run directory.
+      seed: of everything.
+      mesh: sizes for `make_mesh`; default: all devices over data.
+      max_digits: digits per strip, 1 to 5.
+      lengths: static lengths, see `Lengths`.
+      sampling: `batch_rows`, `temperature`, `top_p`.
+      model: keyword arguments of `llava_config`.
+      tower: `steps`, `batch_rows`, `lr` of the tower's pre-training.
+      sft: keyword arguments of `recipes.train` for the initial model.
+      demonstrations: keyword arguments of `digits.sft_examples`.
+      annotator: "bounded" or "flips".
+      preference_prompts: prompts for which annotators compare and criticise two answers.
+      feedback_prompts: further prompts for which y, c and y* are sampled.
+      pairs: pairs per DPO arm; None takes what the smaller arm has.
+      feedback: keyword arguments of `recipes.train` for the feedback model.
+      dpo: keyword arguments of `pipeline.train_arms` (`lrs`, `optim`, `objective`, ...).
+      validation_prompts: prompts on which learning rates are chosen.
+      test_prompts: held-out prompts, answered once.
+      stage: run just this stage.
+
+    Returns:
+      stage name -> summary.
+    """
+    workdir = Path(workdir)
+    lab = Lab(
+        workdir=workdir,
+        mesh=make_mesh(**(mesh or {})),
+        seed=seed,
+        lengths=Lengths(**{**default_lengths(max_digits), **(lengths or {})}),
+        wording=wording.WORDING,
+        **(sampling or {}),
+    )
+    path = str(workdir)
+
+    def records(split: str, count: int, offset: int = 0) -> Sequence:
+        """`count` prompts of a split; offsets keep the uses of one split apart."""
+        every = digits.evaluation_prompts(offset + count, seed, split, max_digits=max_digits)
+        return Lazy(count, lambda i: every[offset + i])
+
+    preference_records = records("train", preference_prompts)
+    feedback_records = records("train", feedback_prompts, preference_prompts)
+    validation = records("validation", validation_prompts)
+    test = records("test", test_prompts)
+    base, feedback_model = f"{path}/{BASE}", f"{path}/{FEEDBACK}"
+
+    def answer(file: Path, of: Sequence, folder: str, greedy: bool = False) -> list[dict]:
+        return lab.answer(
+            file, world.prompt_examples(of), kind="answer",
+            params=lab.load(folder)[1], base=base, greedy=greedy,
+        )  # fmt: skip
+
+    def tower_stage(folder: Path) -> dict:
+        return pretrain_tower(
+            folder / "model", workdir=workdir, mesh=lab.mesh, max_digits=max_digits,
+            seed=lab.stream("tower"), model=model or {}, **(tower or {}),
+        )  # fmt: skip
+
+    def sft_stage(folder: Path) -> dict:
+        options = {"n": 20_000, **(demonstrations or {})}
+        shown = digits.sft_examples(
+            seed=lab.stream("demonstrations"), max_digits=max_digits, **options
+        )
+        examples = Lazy(len(shown), lambda i: shown[i].to_data_example((shown[i].target,)))
+        figures = pipeline.train_model(
+            folder, lab, "sft", base=f"{path}/tower/model", examples=examples, **(sft or {})
+        )
+        first = answer(folder / "validation.jsonl", validation, base)
+        table = world.scores(validation, first)
+        write_json(folder / "validation_scores.json", table)
+        return {**figures, "mean": sum(table["mean"]) / len(table["mean"])}
+
+    def collect_stage(folder: Path) -> dict:
+        first, second = (
+            answer(folder / f"response_{k}.jsonl", preference_records, base) for k in (1, 2)
+        )
+        return world.annotate(
+            folder / "preferences.parquet", preference_records, first, second,
+            annotator=annotator, source="initial", seed=lab.stream("annotators"), limit=pairs,
+        )  # fmt: skip
+
+    def feedback_stage(folder: Path) -> dict:
+        return pipeline.train_feedback_model(
+            folder, lab, base=base, preferences=f"{path}/collect/preferences.parquet",
+            template="AA_TI2T", **(feedback or {}),
+        )  # fmt: skip
+
+    def improve_stage(folder: Path) -> dict:
+        prompts = world.prompt_examples(feedback_records)
+        first = answer(folder / "response.jsonl", feedback_records, base)
+        said, refined = pipeline.self_improve(
+            folder, lab, prompts, first, base=base, feedback_model=feedback_model
+        )
+        made, counts = pipeline.make_pairs(folder, prompts, first, refined, pairs)
+        return {
+            **counts,
+            "truly": world.pair_truth(feedback_records, made),
+            "feedback": world.feedback_quality(feedback_records, first, said),
+        }
+
+    def dpo_stage(folder: Path) -> dict:
+        table = world.read_scores(workdir / "sft/validation_scores.json")
+        return pipeline.train_arms(
+            folder, lab, base=base, arms=arms(workdir), baseline=table, records=validation,
+            prompts=world.prompt_examples(validation), **(dpo or {}),
+        )  # fmt: skip
+
+    def evaluate_stage(folder: Path) -> dict:
+        return evaluate(folder, lab, test, base, feedback_model)
+
+    def report_stage(folder: Path) -> dict:
+        from aa_jax.llf.digits_report import write
+
+        return write(workdir, test)
+
+    stages = [
+        Stage("tower", "vision tower: learn to see single digits", tower_stage),
+        Stage("sft", "initial model: SFT on imperfect demonstrations", sft_stage, ("tower",)),
+        Stage("collect", "annotators compare and criticise its answers", collect_stage, ("sft",)),
+        Stage("feedback", "feedback model: SFT on critiques", feedback_stage, ("collect",)),
+        Stage("improve", "self-improvement: y, critique, y*", improve_stage, ("feedback",)),
+        Stage("dpo", "DPO on binary pairs and on y* > y", dpo_stage, ("improve",)),
+        Stage("evaluate", "held-out images, judged by the oracle", evaluate_stage, ("dpo",)),
+        Stage("report", "report.html", report_stage, ("evaluate",)),
+    ]
+    return run_stages(workdir, stages, only=stage)
+
+
+def default_lengths(max_digits: int) -> dict[str, int]:
+    """Lengths that hold the world's texts, with room for what a model writes by mistake."""
+    patches, more = max_digits**2, 2 * max(0, max_digits - 3)
+    return {
+        "answer_prompt": 21 + patches,
+        "critique_prompt": 55 + patches + more,
+        "refine_prompt": 87 + patches + more,
+        "answer": 28 + more,
+        "feedback": 40,
+    }
+
+
+def arms(workdir: Path) -> dict[str, Sequence]:
+    """The preference examples of each DPO arm, read through the real dataset's templates."""
+    binary = sources.open_source(str(workdir / "collect/preferences.parquet"))
+    improved = sources.open_source(str(workdir / "improve/pairs.parquet"))
+    read = templates.TEMPLATES
+    return {
+        "binary": [read["AA_TI2T"].preference(binary[i]) for i in range(len(binary))],
+        "llf": [read["AA_TI2T_LLF"].preference(improved[i]) for i in range(len(improved))],
+    }
+
+
+def evaluate(folder: Path, lab: Lab, test: Sequence, base: str, feedback_model: str) -> dict:
+    """Answers the test prompts once per arm and grades them.
+
+    Writes one JSON table of per-prompt scores per row of the result table (`scores/<row>.json`).
+
+    Returns:
+      row -> scores with intervals (mean, dimensions, words, win rate against the initial model).
+    """
+    prompts = world.prompt_examples(test)
+    chosen = summary(lab.workdir, "dpo")["chosen"]
+    folders = {"initial": base}
+    for arm, lr in chosen.items():
+        folders[arm] = pipeline.cell_model(lab.workdir / "dpo", arm, lr)
+    answers: dict[str, list[dict]] = {}
+    for name, model in folders.items():
+        params = lab.load(model)[1]
+        for greedy in (False, True):
+            row = f"{name}_greedy" if greedy else name
+            answers[row] = lab.answer(
+                folder / f"{row}.jsonl", prompts, kind="answer",
+                params=params, base=base, greedy=greedy,
+            )  # fmt: skip
+    for name, critic in (("trained", feedback_model), ("untrained", base)):
+        _, answers[f"improved_{name}"] = pipeline.self_improve(
+            folder, lab, prompts, answers["initial"],
+            base=base, feedback_model=critic, name=f"_{name}",
+        )  # fmt: skip
+    (folder / "scores").mkdir(exist_ok=True)
+    tables = {row: world.scores(test, found) for row, found in answers.items()}
+    for row, table in tables.items():
+        write_json(folder / "scores" / f"{row}.json", table)
+    result = {}
+    for row, table in tables.items():
+        against = tables["initial_greedy" if row.endswith("_greedy") else "initial"]
+        result[row] = {k: list(v) for k, v in world.summarise(table, against).items()}
+    return result
+
+
+def load_lines(path: Path) -> list[dict]:
+    """The lines of a JSONL file a stage wrote."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

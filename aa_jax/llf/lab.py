@@ -1,0 +1,113 @@
+"""What the stages of one LLF run share: mesh, seeds, samplers, and the graders of the world."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from aa_jax import models
+from aa_jax.data.example import Example
+from aa_jax.data.processor import Processor
+from aa_jax.llf.respond import respond
+from aa_jax.sampling import make_sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Static lengths in tokens (text and media): the longest prompt and response of each kind."""
+
+    answer_prompt: int
+    critique_prompt: int
+    refine_prompt: int
+    answer: int
+    feedback: int
+
+
+@dataclasses.dataclass(eq=False)
+class Lab:
+    """Shared settings of a run.
+
+    Attributes:
+      workdir: run directory.
+      mesh: device mesh.
+      seed: of the whole run; every use derives its own.
+      lengths: static lengths.
+      batch_rows: requests per sampling batch.
+      temperature: of all sampled text except greedy evaluation.
+      top_p: nucleus mass.
+      wording: of the LLF prompts, see `aa_jax.data.llf_prompts`.
+      dtype: compute type of the models.
+    """
+
+    workdir: Path
+    mesh: jax.sharding.Mesh
+    seed: int
+    lengths: Lengths
+    batch_rows: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    wording: Mapping[str, str] | None = None
+    dtype: str = "float32"
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019  one Lab lives as long as the process
+    def load(self, folder: str) -> tuple[models.Model, dict, Processor]:
+        """Model, parameters and processor of a checkpoint folder."""
+        model, params = models.load(folder, dtype=self.dtype)
+        return model, params, Processor.from_pretrained(folder)
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019
+    def sampler(self, folder: str, max_new_tokens: int, greedy: bool) -> Callable:
+        """One compiled sampler; `folder` says whose architecture and tokenizer."""
+        model, _, processor = self.load(folder)
+        return make_sampler(
+            model,
+            max_new_tokens=max_new_tokens,
+            eos_ids=processor.stop_ids,
+            pad_id=processor.pad_id,
+            temperature=0.0 if greedy else self.temperature,
+            top_p=1.0 if greedy else self.top_p,
+        )
+
+    def stream(self, name: str) -> int:
+        """A seed of its own for every use, from the run's seed and the use's name."""
+        words = np.frombuffer(name.encode(), np.uint8).tolist()
+        return int(np.random.SeedSequence([self.seed, *words]).generate_state(1)[0])
+
+    def answer(
+        self,
+        path: Path,
+        prompts: Sequence[Example],
+        *,
+        kind: str,
+        params: dict,
+        base: str,
+        greedy: bool = False,
+        title: str | None = None,
+    ) -> list[dict]:
+        """Samples one text per prompt into a JSONL file.
+
+        Args:
+          path: the file; complete lines in it are kept.
+          prompts: prompt-only Examples.
+          kind: "answer", "critique" or "refine": which lengths hold.
+          params: parameters of a model of `base`'s architecture.
+          base: a checkpoint folder with that architecture and tokenizer.
+          greedy: temperature 0.
+          title: for the progress bar; default the file's name.
+        """
+        new = self.lengths.feedback if kind == "critique" else self.lengths.answer
+        return respond(
+            path,
+            prompts,
+            params=params,
+            sampler=self.sampler(base, new, greedy),
+            processor=self.load(base)[2],
+            prompt_length=getattr(self.lengths, f"{kind}_prompt"),
+            batch_rows=self.batch_rows,
+            seed=self.stream(str(path.relative_to(self.workdir))),
+            title=title or path.stem,
+        )

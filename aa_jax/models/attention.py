@@ -1,0 +1,92 @@
+"""Self-attention of the families: projections, rotary, and the key-value cache of one token."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from aa_jax.kernels.attention import attention
+from aa_jax.models.layers import Linear
+from aa_jax.models.rope import rotate
+
+Angles = tuple[Array, Array]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (Ainslie et al., 2023): H query heads share K key-value heads."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        qkv_bias: bool,
+        out_bias: bool,
+        std: float,
+        out_std: float,
+        rngs: nnx.Rngs,
+        param_dtype: Any,
+    ):
+        kwargs = dict(rngs=rngs, param_dtype=param_dtype)
+        self.q = Linear(dim, heads * head_dim, bias=qkv_bias, std=std, **kwargs)
+        self.k = Linear(dim, kv_heads * head_dim, bias=qkv_bias, std=std, **kwargs)
+        self.v = Linear(dim, kv_heads * head_dim, bias=qkv_bias, std=std, **kwargs)
+        self.o = Linear(heads * head_dim, dim, bias=out_bias, std=out_std, **kwargs)
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+
+    def qkv(
+        self, x: Float[Array, "*batch D"], angles: Angles | None
+    ) -> tuple[
+        Float[Array, "*batch H Dh"], Float[Array, "*batch K Dh"], Float[Array, "*batch K Dh"]
+    ]:
+        """Queries, keys and values by head, rotated when angles are given."""
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        q, k, v = self.q(x).reshape(shape), self.k(x).reshape(shape), self.v(x).reshape(shape)
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        return q, k, v
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        angles: Angles | None,
+        intervals: Int[Array, "B T 4"] | None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K Dh"], Float[Array, "B T K Dh"]]]:
+        """Attends over the row; intervals None means every key (towers).
+
+        Returns:
+            The output, and the keys and values for a cache.
+        """
+        q, k, v = self.qkv(x, angles)
+        y = attention(q, k, v, intervals=intervals, causal=False)
+        return self.o(y.reshape(*x.shape[:-1], -1)), (k, v)
+
+    def decode(
+        self,
+        x: Float[Array, "B D"],
+        angles: Angles,
+        keys: Float[Array, "L B S K Dh"],
+        values: Float[Array, "L B S K Dh"],
+        layer: Int[Array, ""],
+        length: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B D"], Float[Array, "L B S K Dh"], Float[Array, "L B S K Dh"]]:
+        """One token per row, written at its row's own length and attending to all before it.
+
+        The whole cache travels as a carry and only [B, K, Dh] of it is written, so no layer
+        copies it. A row whose length has reached S writes nothing.
+        """
+        q, k, v = self.qkv(x, angles)
+        rows = jnp.arange(x.shape[0], dtype=jnp.int32)
+        keys = keys.at[layer, rows, length].set(k.astype(keys.dtype))
+        values = values.at[layer, rows, length].set(v.astype(values.dtype))
+        q = q.reshape(x.shape[0], self.kv_heads, -1, self.head_dim) * self.head_dim**-0.5
+        scores = jnp.einsum("bkgd,bskd->bkgs", q, keys[layer], preferred_element_type=jnp.float32)
+        seen = jnp.arange(keys.shape[2], dtype=jnp.int32)[None, :] <= length[:, None]
+        scores = jnp.where(seen[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
+        y = jnp.einsum("bkgs,bskd->bkgd", weights, values[layer].astype(x.dtype))
+        return self.o(y.reshape(x.shape[0], -1)), keys, values

@@ -1,0 +1,316 @@
+"""Hugging Face checkpoint folders in and out: strict, tensor by tensor, bit exact."""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from aa_jax.errors import CheckpointError
+from aa_jax.models import safetensors
+from aa_jax.models.functional import Model, Params, dtype_named
+from aa_jax.models.names import Rule, flatten, unflatten
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# What a processor is made of; weights and the model's own config are written, never copied.
+EXTRA_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The decoded config.json of a checkpoint folder.
+
+    Raises:
+        CheckpointError: there is no such folder or file, or it is not JSON.
+    """
+    folder = Path(path)
+    file = folder / "config.json"
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is not a folder; give the local folder of a checkpoint (config.json and "
+            "*.safetensors), e.g. one fetched with `hf download`."
+        )
+    try:
+        config = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} has no config.json, so the architecture is unknown; copy it from the "
+            "checkpoint's origin."
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON ({error}); fetch it again.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} does not hold a JSON object; fetch it again.")
+    return config
+
+
+def read_params(path: str | os.PathLike[str], model: Model, shardings: Any = None) -> Params:
+    """The parameters of a checkpoint folder, checked against the model before any is read.
+
+    Each leaf is assembled on the host, moved to its devices and forgotten, so the host never
+    holds more than one leaf beside the finished ones.
+
+    Args:
+        path: folder with model.safetensors, or shards with model.safetensors.index.json.
+        model: what the tensors must fill; gives names, shapes and the stored type.
+        shardings: tree of `jax.sharding.Sharding` like the parameters; None leaves placement to
+            jax.
+
+    Raises:
+        CheckpointError: one message with every unmapped tensor, unfilled parameter, wrong shape
+            and unreadable file.
+    """
+    folder = Path(path)
+    problems: list[str] = []
+    found = _find(folder, model, problems)
+    leaves = flatten(model.abstract())
+    rules = model.names.for_leaves(leaves)
+    tied = _match(found, leaves, rules, model, problems)
+    if problems:
+        raise CheckpointError(
+            f"{folder} does not match its config.json ({model.family}):\n  - "
+            + "\n  - ".join(problems)
+            + "\nNothing was loaded. Check that config.json belongs to these weights and that "
+            "every file arrived whole."
+        )
+    if tied is not None:
+        _check_tied(found, *tied)
+    placed = flatten(shardings) if shardings is not None else {}
+    return unflatten(
+        {
+            name: _load_leaf(found, rules[name], leaf, placed.get(name))
+            for name, leaf in leaves.items()
+        }
+    )
+
+
+def _find(folder: Path, model: Model, problems: list[str]) -> dict[str, safetensors.Entry]:
+    """Every stored tensor under its canonical name, buffers left out."""
+    names = [WEIGHTS]
+    if not (folder / WEIGHTS).exists():
+        if not (folder / INDEX).exists():
+            kept = sorted(p.name for p in folder.iterdir())
+            problems.append(
+                f"neither {WEIGHTS} nor {INDEX} is there, only {', '.join(kept)}; weights in "
+                "another format must be converted to safetensors first"
+            )
+            return {}
+        try:
+            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            problems.append(f"{INDEX} is damaged ({error!r})")
+            return {}
+    found: dict[str, safetensors.Entry] = {}
+    for name in names:
+        file = folder / name
+        if not file.is_file():
+            problems.append(f"{name} is named in {INDEX} but missing")
+            continue
+        try:
+            entries = safetensors.read_header(file)
+        except safetensors.BadFile as error:
+            problems.append(f"{name} {error}")
+            continue
+        for stored, entry in entries.items():
+            canonical = model.names.canonical(stored)
+            if model.names.is_buffer(canonical):
+                continue
+            if canonical in found:
+                problems.append(f"{stored} in {name} is stored twice (in {found[canonical].file})")
+            found[canonical] = entry
+    return found
+
+
+def _match(
+    found: dict[str, safetensors.Entry],
+    leaves: dict[str, Any],
+    rules: dict[str, Rule],
+    model: Model,
+    problems: list[str],
+) -> tuple[str, str] | None:
+    """Notes every difference between the stored and the expected tensors.
+
+    Returns:
+        The (head, embedding) names when a tied model's file also stores its head.
+    """
+    expected = {
+        hf: (path, rule.hf_shape(leaves[path].shape))
+        for path, rule in rules.items()
+        for hf in rule.hf_names(leaves[path].shape)
+    }
+    unmapped = set(found) - set(expected)
+    tied = model.names.tied
+    tied = tied if tied is not None and tied[0] in unmapped and tied[1] in found else None
+    for name in sorted(unmapped - set(tied or ())):
+        entry = found[name]
+        problems.append(
+            f"{name} {list(entry.shape)} in {entry.file.name} belongs to no parameter of the model"
+        )
+    for name in sorted(set(expected) - set(found)):
+        path, shape = expected[name]
+        problems.append(f"{name} {list(shape)} (our {path}) is in no file")
+    for name in sorted(set(expected) & set(found)):
+        entry, (path, shape) = found[name], expected[name]
+        if entry.shape != shape:
+            problems.append(
+                f"{name} in {entry.file.name} has shape {list(entry.shape)}, the config asks for "
+                f"{list(shape)} (our {path})"
+            )
+        if entry.dtype not in safetensors.FLOATS:
+            problems.append(
+                f"{name} in {entry.file.name} is stored as {entry.dtype}; only unquantised "
+                f"weights ({', '.join(safetensors.FLOATS)}) are read"
+            )
+    return tied
+
+
+def _check_tied(found: dict[str, safetensors.Entry], head: str, embedding: str) -> None:
+    if not np.array_equal(found[head].read(), found[embedding].read()):
+        raise CheckpointError(
+            f"config.json ties the output head to the embedding, but {head} in "
+            f"{found[head].file.name} differs from {embedding}; set tie_word_embeddings to false "
+            "to keep both, or remove the stored head."
+        )
+
+
+def _load_leaf(
+    found: dict[str, safetensors.Entry], rule: Rule, leaf: Any, sharding: Any
+) -> jax.Array:
+    names = rule.hf_names(leaf.shape)
+    if rule.stacked:
+        host = np.empty(leaf.shape, leaf.dtype)
+        for layer, name in enumerate(names):
+            host[layer] = rule.transform.to_ours(found[name].read())
+    else:
+        host = np.array(rule.transform.to_ours(found[names[0]].read()), leaf.dtype)
+    if sharding is None:
+        return jax.numpy.asarray(host)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: host[index])
+
+
+def to_host(leaf: Any) -> np.ndarray:
+    """A leaf as a host array, gathered from all processes where it is spread over them."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
+
+
+def write_checkpoint(
+    path: str | os.PathLike[str],
+    model: Model,
+    params: Params,
+    *,
+    extra_files_from: str | os.PathLike[str] | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    finish: Callable[[Path], None] | None = None,
+) -> None:
+    """See `aa_jax.models.save`; ``finish(folder)`` may add files before the folder appears."""
+    leaves, expected = flatten(params), flatten(model.abstract())
+    wrong = sorted(leaves.keys() ^ expected.keys()) + [
+        f"{name} {list(leaves[name].shape)}, expected {list(leaf.shape)}"
+        for name, leaf in expected.items()
+        if name in leaves and leaves[name].shape != leaf.shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"These parameters are not those of the {model.family} model being saved; they differ "
+            f"in: {'; '.join(wrong)}."
+        )
+    target = Path(path)
+    if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(
+            f"{target} exists and is not empty; choose a new folder, or pass overwrite=True to "
+            "replace it as a whole."
+        )
+    rules = model.names.for_leaves(expected)
+    stored = None if dtype is None else np.dtype(dtype_named("dtype", dtype))
+    specs = {
+        hf: (stored or np.dtype(leaves[name].dtype), rule.hf_shape(leaves[name].shape))
+        for name, rule in rules.items()
+        for hf in rule.hf_names(leaves[name].shape)
+    }
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for name, rule in rules.items():
+            host = to_host(leaves[name])
+            host = host if stored is None else host.astype(stored)
+            layers = host if rule.stacked else [host]
+            for hf, layer in zip(rule.hf_names(host.shape), layers, strict=True):
+                yield hf, rule.transform.to_hf(layer)
+
+    if jax.process_index() != 0:
+        for _ in tensors():  # takes part in the gathers, writes nothing
+            pass
+        return
+    # The copy is read before anything is replaced: its source may be the folder being replaced.
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        made.chmod(0o755)
+        safetensors.write(made / WEIGHTS, specs, tensors())
+        kinds = {np.dtype(d).name for d, _ in specs.values()}
+        config = dict(model.hf_config)
+        config.pop("torch_dtype", None)
+        config["dtype"] = kinds.pop() if len(kinds) == 1 else "float32"
+        (made / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if extra_files_from is not None:
+            copy_extra_files(Path(extra_files_from), made)
+        if finish is not None:
+            finish(made)
+        _replace(made, target)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    logger.info("wrote %d tensors to %s", len(specs), target)
+
+
+def copy_extra_files(source: Path, target: Path) -> None:
+    """Copies tokenizer and processor files between checkpoint folders.
+
+    Raises:
+        CheckpointError: the source holds none.
+    """
+    files = sorted({f for pattern in EXTRA_FILES for f in source.glob(pattern) if f.is_file()})
+    if not files:
+        raise CheckpointError(
+            f"{source} holds no tokenizer or processor files to copy; give the folder the model "
+            "was loaded from, or leave extra_files_from out."
+        )
+    for file in files:
+        shutil.copyfile(file, target / file.name)
+
+
+def _replace(made: Path, target: Path) -> None:
+    """Puts a finished folder in place; an interruption leaves the old or the new one whole."""
+    old = None
+    if target.exists():
+        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-old-"))
+        os.replace(target, old / target.name)
+    os.replace(made, target)
+    if old is not None:
+        shutil.rmtree(old)

@@ -1,0 +1,1 @@
+"""Llama: config.json's `LlamaForCausalLM`."""

@@ -1,0 +1,1 @@
+"""LLaVA: config.json's `LlavaForConditionalGeneration`."""

@@ -1,0 +1,193 @@
+"""LLaVA 1.5 (Liu et al., 2023): a CLIP tower, a two-layer projector and a Llama decoder."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from aa_jax.errors import ModelError
+from aa_jax.models.clip.modeling import ClipVision, ClipVisionConfig
+from aa_jax.models.config import Reader
+from aa_jax.models.layers import ACTIVATIONS, Linear, place_features
+from aa_jax.models.llama.modeling import Batch, Cache, Llama, LlamaConfig
+
+SUB_CONFIGS = {"text_config": ("llama",), "vision_config": ("clip_vision_model",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaConfig:
+    """What of a LLaVA config.json decides the model.
+
+    Attributes:
+        feature_layers: hidden states of the tower that are concatenated, as indices >= 0
+            (0 = the input of its first layer).
+        keep_class_token: True for `vision_feature_select_strategy` "full".
+        image_token_id: the placeholder token that stands for one feature.
+    """
+
+    text: LlamaConfig
+    vision: ClipVisionConfig
+    feature_layers: tuple[int, ...]
+    keep_class_token: bool
+    projector_bias: bool
+    projector_act: str
+    image_token_id: int
+
+    @property
+    def features_per_image(self) -> int:
+        """Features, and so placeholder tokens, of one image."""
+        return self.vision.num_patches + int(self.keep_class_token)
+
+    @classmethod
+    def read(cls, reader: Reader) -> "LlavaConfig":
+        """Takes the attributes out of ``reader``, which collects the problems."""
+        for name, known in SUB_CONFIGS.items():
+            sub = reader.get(name, {})
+            kind = sub.get("model_type", known[0]) if isinstance(sub, dict) else known[0]
+            if kind not in known:
+                reader.problem(name, f"is of model_type {kind!r}; handled: {', '.join(known)}")
+        text = LlamaConfig.read(reader.section("text_config"))
+        vision = ClipVisionConfig.read(_with_tower_defaults(reader))
+        # Either place ties the head: transformers copies the text config's flag upwards.
+        tied = reader.flag("tie_word_embeddings", False) or text.tied
+        text = dataclasses.replace(text, tied=tied)
+        layers = reader.get("vision_feature_layer", -2)
+        many = isinstance(layers, list | tuple)
+        strategy = reader.choice("vision_feature_select_strategy", "default", ("default", "full"))
+        feature_layers = []
+        for layer in layers if many else (layers,):
+            index = layer + vision.num_layers + 1 if isinstance(layer, int) and layer < 0 else layer
+            if not isinstance(index, int) or not 0 <= index <= vision.num_layers:
+                reader.problem(
+                    "vision_feature_layer",
+                    f"names {layer!r}, but the tower has {vision.num_layers} layers",
+                )
+                index = 0
+            feature_layers.append(index)
+        config = cls(
+            text=text,
+            vision=vision,
+            feature_layers=tuple(feature_layers),
+            keep_class_token=strategy == "full",
+            projector_bias=reader.flag("multimodal_projector_bias", True),
+            projector_act=reader.activation("projector_hidden_act", "gelu"),
+            image_token_id=_image_token(reader),
+        )
+        # image_seq_length restates what tower and strategy imply; ignore_index is the loss's.
+        reader.finish(inert=("image_seq_length", "ignore_index", "vocab_size"))
+        return config
+
+
+def _with_tower_defaults(reader: Reader) -> Reader:
+    """An absent vision_config means CLIP ViT-L/14 at 336 pixels, as in transformers."""
+    section = reader.section("vision_config")
+    if not section.raw:
+        section.raw = dict(
+            intermediate_size=4096,
+            hidden_size=1024,
+            patch_size=14,
+            image_size=336,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+        )
+    return section
+
+
+def _image_token(reader: Reader) -> int:
+    old, new = reader.get("image_token_index", None), reader.get("image_token_id", None)
+    if old is not None and new is not None and old != new:
+        reader.problem("image_token_id", f"is {new}, but image_token_index is {old}")
+    return 32000 if old is None and new is None else (new if old is None else old)
+
+
+class Projector(nnx.Module):
+    """``linear_2(act(linear_1(x)))`` from the tower's width to the decoder's."""
+
+    def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs, param_dtype: Any):
+        kwargs = dict(
+            bias=config.projector_bias,
+            std=config.text.initializer_range,
+            rngs=rngs,
+            param_dtype=param_dtype,
+        )
+        dim = config.text.hidden_size
+        self.linear_1 = Linear(
+            config.vision.hidden_size * len(config.feature_layers), dim, **kwargs
+        )
+        self.linear_2 = Linear(dim, dim, **kwargs)
+        self.act = ACTIVATIONS[config.projector_act]
+
+    def __call__(self, x: Float[Array, "*batch Dv"]) -> Float[Array, "*batch D"]:
+        return self.linear_2(self.act(self.linear_1(x)))
+
+
+class Llava(nnx.Module):
+    """The family interface of `models.functional` for images and text."""
+
+    def __init__(
+        self, config: LlavaConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, remat: str
+    ):
+        kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype, remat=remat)
+        self.vision_tower = ClipVision(config.vision, **kwargs)
+        self.projector = Projector(config, rngs=rngs, param_dtype=param_dtype)
+        self.language_model = Llama(config.text, **kwargs)
+        self.config, self.dtype = config, dtype
+
+    def head_weight(self) -> Float[Array, "V D"]:
+        """The output head, one row per token of the vocabulary."""
+        return self.language_model.head_weight()
+
+    def tower_features(self, media: dict[str, Any]) -> Float[Array, "B I P Dv"]:
+        """What the projector reads, one row of P vectors per image."""
+        pixels = media["pixel_values"]
+        rows, images = pixels.shape[:2]
+        flat = pixels.reshape(rows * images, *pixels.shape[2:])
+        states = self.vision_tower(flat, self.config.feature_layers)
+        if not self.config.keep_class_token:
+            states = [state[:, 1:] for state in states]
+        x = states[0] if len(states) == 1 else jnp.concatenate(states, axis=-1)
+        return x.reshape(rows, images, *x.shape[1:])
+
+    def encode_media(self, media: dict[str, Any]) -> Float[Array, "B F D"]:
+        """Tower and projector; "tower_features" [B,I,P,Dv] in media stands for the tower's run."""
+        if "tower_features" in media:
+            x = media["tower_features"].astype(self.dtype)
+        else:
+            x = self.tower_features(media)
+        x = self.projector(x)
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+
+    def embed(self, batch: Batch, features: Float[Array, "B F D"] | None) -> Float[Array, "B T D"]:
+        """Token embeddings with the features put where their tokens stand."""
+        x = self.language_model.embed(batch["tokens"], self.dtype)
+        if features is None and "media" in batch:
+            features = self.encode_media(batch["media"])
+        if (features is None) != ("feature_index" not in batch):
+            raise ModelError(
+                "A batch with images needs both 'feature_index' and either 'media' or features; "
+                f"this one has {sorted(batch)} and features "
+                f"{'given' if features is not None else 'absent'}. Build it with "
+                "aa_jax.data.collate, or drop the images for a text-only batch."
+            )
+        if features is None:
+            return x
+        return place_features(x, features, batch["feature_index"])
+
+    def hidden_states(
+        self, batch: Batch, features: Float[Array, "B F D"] | None
+    ) -> Float[Array, "B T D"]:
+        """Family interface."""
+        x = self.embed(batch, features)
+        return self.language_model.run(x, batch["positions"], batch["intervals"])
+
+    def prefill(
+        self, batch: Batch, cache_size: int, features: Float[Array, "B F D"] | None
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Family interface."""
+        return self.language_model.run_prefill(self.embed(batch, features), batch, cache_size)
+
+    def decode(self, tokens: Int[Array, "B"], cache: Cache) -> tuple[Float[Array, "B D"], Cache]:
+        """Family interface."""
+        return self.language_model.decode(tokens, cache)

@@ -1,0 +1,124 @@
+"""Reads and writes .safetensors files tensor by tensor, checking every byte range first.
+
+Format: u64 little-endian header size, a JSON header {name: {dtype, shape, data_offsets}}, then the
+tensors back to back (https://github.com/huggingface/safetensors#format). The data is memory
+mapped, so reading one tensor touches one tensor; writing streams, so a model is never held twice.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+DTYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class BadFile(Exception):
+    """The file is not a whole safetensors file; the message says what is wrong with it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies; `start` counts from the beginning of the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    def read(self) -> np.ndarray:
+        """The tensor as a read-only view of the mapped file."""
+        dtype = np.dtype(DTYPES[self.dtype])
+        if not math.prod(self.shape):
+            return np.zeros(self.shape, dtype)
+        return np.memmap(
+            self.file, dtype, mode="r", offset=self.start, shape=self.shape or (1,)
+        ).reshape(self.shape)
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """Every tensor of a file, after checking that all of them lie inside it.
+
+    Raises:
+        BadFile: the header is unreadable, a tensor reaches past the end of the file, or a byte
+            range does not fit its shape.
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise BadFile(
+                f"holds {size} bytes, fewer than its header announces; it is truncated or not a "
+                "safetensors file"
+            )
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            return {name: _entry(file, 8 + length, size, raw) for name, raw in header.items()}
+        except BadFile:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadFile(f"has a damaged header ({error})") from error
+
+
+def _entry(file: Path, data: int, size: int, raw: dict[str, Any]) -> Entry:
+    start, stop = raw["data_offsets"]
+    shape, dtype = tuple(raw["shape"]), raw["dtype"]
+    if dtype not in DTYPES:
+        raise BadFile(f"stores a tensor as {dtype}, which is not one of {', '.join(DTYPES)}")
+    if data + stop > size:
+        raise BadFile(f"is truncated: its tensors need {data + stop} bytes, it holds {size}")
+    if start < 0 or stop - start != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
+        raise BadFile(f"gives {stop - start} bytes to a {dtype} tensor of shape {shape}")
+    return Entry(file, dtype, shape, data + start)
+
+
+def write(
+    file: Path,
+    specs: dict[str, tuple[np.dtype, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, np.ndarray]] | Iterator[tuple[str, np.ndarray]],
+) -> None:
+    """Writes tensors as they come, in the order of ``specs``.
+
+    Args:
+        file: where to.
+        specs: name -> (dtype, shape) of every tensor, in writing order.
+        tensors: (name, value) pairs in that same order.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in specs.items():
+        stop = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors start aligned, as the format asks
+    with open(file, "wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little"))
+        stream.write(encoded)
+        for (name, tensor), (expected, (dtype, shape)) in zip(tensors, specs.items(), strict=True):
+            if (name, tensor.dtype, tensor.shape) != (expected, dtype, shape):
+                raise ValueError(f"{name} {tensor.dtype}{tensor.shape} is not the {expected} due")
+            stream.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)

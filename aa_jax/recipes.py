@@ -1,0 +1,334 @@
+"""A recipe: how examples become batches × which loss × which model roles.
+
+`train` is what a notebook, `launch/train.py` and every LLF stage call. It knows no algorithm: the
+recipe's row in `RECIPES` names the reading of a dataset row, the layout of a batch, and the
+objective.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from aa_jax import objectives
+from aa_jax.data.collate import Shapes, collate
+from aa_jax.data.encoded import EncodedExamples, WithColumn
+from aa_jax.data.loader import Loader, pack
+from aa_jax.data.processor import Processor
+from aa_jax.data.tokens import Limits, Sizes
+from aa_jax.errors import CheckpointError, ConfigError
+from aa_jax.models import Model, heads
+from aa_jax.sharding import put_batch, shardings
+from aa_jax.training.loop import fit
+from aa_jax.training.optim import make_optimizer
+from aa_jax.training.state import init_state
+from aa_jax.training.step import make_step
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One row of `RECIPES`.
+
+    Attributes:
+      task: how a dataset row is read, see `aa_jax.data.dataset.Dataset`.
+      layout: of the batch, see `aa_jax.data.collate`.
+      objective: `(model, **options) -> objective`.
+      reference: the loss compares with the log-probs of the initial model.
+      score_head: the trained parameters are a score model, {"model", "score_head"}.
+    """
+
+    task: str
+    layout: str
+    objective: Callable[..., Callable]
+    reference: bool = False
+    score_head: bool = False
+
+
+RECIPES: dict[str, Recipe] = {
+    "sft": Recipe("supervised", "supervised", objectives.sft),
+    "feedback": Recipe("feedback", "supervised", objectives.sft),
+    "dpo": Recipe("preference", "preference", objectives.dpo, reference=True),
+    "reward": Recipe("preference", "preference", objectives.reward, score_head=True),
+}
+
+
+def find_recipe(name: str) -> Recipe:
+    """A recipe by name.
+
+    Raises:
+      ConfigError: there is none of that name; lists those there are.
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}.")
+    return RECIPES[name]
+
+
+def train(
+    recipe: str,
+    *,
+    model: Model,
+    params: Mapping[str, Any],
+    processor: Processor,
+    examples: Sequence,
+    workdir: str | Path,
+    stage: str = "train",
+    mesh: jax.sharding.Mesh,
+    seed: int = 0,
+    batch_rows: int = 8,
+    accumulation: int = 1,
+    epochs: int | None = 1,
+    steps: int | None = None,
+    frozen: Sequence[str] = (),
+    objective: Mapping[str, Any] | None = None,
+    optim: Mapping[str, Any] | None = None,
+    limits: Mapping[str, Any] | None = None,
+    share_prefix: bool = True,
+    pack_length: int | None = None,
+    reference_cache: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    log_every: int = 10,
+    eval_examples: Sequence | None = None,
+    eval_every: int | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Trains a model by a recipe; called again with the same `workdir` it continues.
+
+    Args:
+      recipe: a key of `RECIPES`.
+      model: the architecture.
+      params: its initial parameters; also the reference, where the recipe has one.
+      processor: the model's.
+      examples: Examples, or data already encoded (`Dataset`, `EncodedExamples`).
+      workdir: run directory.
+      stage: name of this training in the run directory.
+      mesh: device mesh.
+      seed: of the order of the data, and of a new score head.
+      batch_rows: examples per update.
+      accumulation: micro-batches an update is computed in; does not change the result.
+      epochs: passes over the data; None needs `steps`.
+      steps: updates; overrides `epochs`.
+      frozen: path globs of parameters that do not train, e.g. "vision_tower/*".
+      objective: options of the recipe's objective, e.g. beta.
+      optim: keyword arguments of `make_optimizer`; `lr` is required.
+      limits: keyword arguments of `aa_jax.data.tokens.Limits`.
+      share_prefix: one row `prompt | chosen | rejected` per pair instead of two rows.
+      pack_length: supervised recipes: rows of this many tokens hold several short examples each,
+        and `batch_rows` counts such rows.
+      reference_cache: file that keeps the reference log-probs, for other runs on the same data.
+      checkpoint_every: updates between checkpoints.
+      log_every: updates per line of metrics.
+      eval_examples: held-out data; the objective's figures on it are logged as "eval/...".
+      eval_every: updates between evaluations; they also run at the end.
+      config: of the run, kept in the checkpoint.
+
+    Returns:
+      The final parameters, and `examples`, `dropped`, `steps`, `seconds`.
+
+    Raises:
+      ConfigError: unknown recipe or option, or neither epochs nor steps.
+      DataError: no usable example, or one that does not fit.
+    """
+    row = find_recipe(recipe)
+    if epochs is None and steps is None:
+        raise ConfigError("give epochs or steps: otherwise training would never end.")
+    if "lr" not in (optim or {}):
+        raise ConfigError("optim.lr is not set: give the peak learning rate.")
+    started = time.perf_counter()
+    rule = Limits(**(limits or {}))
+    layout = row.layout if share_prefix or row.layout != "preference" else "preference_rows"
+    data = _encode(examples, processor, rule)
+    shapes, groups = data.shapes(layout), None
+    if pack_length:
+        if layout != "supervised":
+            raise ConfigError(f"pack_length is for supervised recipes; {recipe!r} reads pairs.")
+        shapes = _packed_shapes(data.sizes, shapes, pack_length)
+        groups = pack(data.sizes, shapes, seed=seed)
+    roles: dict[str, Any] = {}
+    extras: tuple[str, ...] = ()
+    if row.score_head:
+        head = heads.init_score_head(model, jax.random.key(seed))
+        params = {"model": dict(params), "score_head": head}
+        frozen = tuple(f"model/{glob}" for glob in frozen)
+        axes = heads.axes(model)
+    else:
+        axes = model.axes()
+    places = shardings(axes, jax.eval_shape(lambda: params), mesh)
+    if row.reference:
+        form = functools.partial(
+            collate, shapes=shapes, layout=layout, pad_id=processor.pad_id
+        )
+        values = reference_logps(
+            model, params, data, form, batch_rows, mesh, cache=reference_cache
+        )
+        data, extras = WithColumn(data, "ref_logps", values), ("ref_logps",)
+    form = functools.partial(
+        collate, shapes=shapes, layout=layout, pad_id=processor.pad_id, extras=extras
+    )
+    loader = Loader(
+        data, form, batch_rows, epochs=None if steps else epochs, seed=seed, groups=groups
+    )
+    total = steps or len(loader)
+    tx, schedule = make_optimizer(total_steps=total, **(optim or {}))
+    loss = row.objective(model, **(objective or {}))
+    evaluate = None
+    if eval_examples is not None:
+        held_out = _encode(eval_examples, processor, rule)
+        evaluate = _evaluation(
+            row, model, params, objective, held_out, layout, processor, batch_rows, mesh
+        )
+    state = fit(
+        step=make_step(
+            loss, tx, mesh=mesh, schedule=schedule, frozen=frozen, accumulation=accumulation
+        ),
+        state=init_state(params, tx, mesh=mesh, shardings=places, frozen=frozen, seed=seed),
+        batches=iter(loader),
+        total_steps=total,
+        workdir=workdir,
+        stage=stage,
+        checkpoint_every=checkpoint_every,
+        log_every=log_every,
+        evaluate=evaluate,
+        eval_every=eval_every,
+        roles=roles,
+        config=config,
+    )
+    figures = {
+        "examples": len(data),
+        "dropped": dict(data.report.dropped),
+        "steps": int(state["step"]),
+        "tokens_per_row": shapes.length,
+        "seconds": time.perf_counter() - started,
+    }
+    return state["params"], figures
+
+
+def _packed_shapes(sizes: Sequence[Sizes], single: Shapes, length: int) -> Shapes:
+    """Shapes of a packed row: as many response slots and images as such rows use on average, with
+    a quarter to spare; packing then fills rows within them."""
+    share = 1.25 * length / np.mean([size.prompt + sum(size.responses) for size in sizes])
+    slots = np.mean([sum(size.responses) + size.trained for size in sizes])
+    return dataclasses.replace(
+        single,
+        length=max(length, single.length),
+        response_length=max(single.response_length, int(np.ceil(share * slots))),
+        images=max(single.images, int(np.ceil(share * np.mean([s.images for s in sizes])))),
+    )
+
+
+def _encode(examples: Any, processor: Processor, limits: Limits) -> Any:
+    """Data with `shapes` and `report`; encoded data is taken as it is."""
+    if hasattr(examples, "shapes"):
+        return examples
+    return EncodedExamples(examples, processor, limits)
+
+
+def reference_logps(
+    model: Model,
+    params: Mapping[str, Any],
+    data: Any,
+    form: Callable,
+    batch_rows: int,
+    mesh: jax.sharding.Mesh,
+    cache: str | Path | None = None,
+) -> np.ndarray:
+    """Summed log-probs of (chosen, rejected) under the initial model, [N, 2] float32.
+
+    Computed once, before training, so that no second model is in memory during it.
+
+    Args:
+      model: the architecture.
+      params: of the reference.
+      data: encoded pairs.
+      form: collates a list of them.
+      batch_rows: pairs per batch.
+      mesh: device mesh.
+      cache: npz file; used if it was made from these very parameters and pairs.
+    """
+    key = _fingerprint(params, data)
+    path = Path(cache) if cache else None
+    if path and path.exists():
+        try:
+            stored = np.load(path)
+            if str(stored["key"]) == key:
+                return stored["values"]
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read as cached reference log-probs ({error}). Delete it; they "
+                "are computed again."
+            ) from error
+        log.warning("%s belongs to another reference or other pairs; computing again.", path)
+    compute = jax.jit(objectives.compute_ref_logps(model))
+    parts = []
+    for start in range(0, len(data), batch_rows):
+        items = [data[i] for i in range(start, min(start + batch_rows, len(data)))]
+        batch = put_batch(form(items, batch_rows=batch_rows), mesh)
+        parts.append(np.asarray(compute(params, batch)).reshape(-1, 2)[: len(items)])
+    values = np.concatenate(parts).astype(np.float32)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.stem + ".partial.npz")
+        np.savez(partial, key=key, values=values)
+        partial.replace(path)
+    return values
+
+
+def _fingerprint(params: Mapping[str, Any], data: Any) -> str:
+    """A hash of parameters and pairs: what the cached numbers depend on."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    for index in range(len(data)):
+        item = data[index]
+        for part in (item.prompt, *item.responses):
+            digest.update(np.asarray(part, np.int32).tobytes() + b"|")
+        for name in sorted(item.media):
+            digest.update(np.ascontiguousarray(item.media[name]).tobytes())
+    return digest.hexdigest()
+
+
+def _evaluation(
+    row: Recipe,
+    model: Model,
+    params: Mapping[str, Any],
+    objective: Mapping[str, Any] | None,
+    data: Any,
+    layout: str,
+    processor: Processor,
+    batch_rows: int,
+    mesh: jax.sharding.Mesh,
+) -> Callable[[Mapping[str, Any], int], dict[str, float]]:
+    """The objective's figures over held-out data, summed exactly over all its batches."""
+    form = functools.partial(
+        collate, shapes=data.shapes(layout), layout=layout, pad_id=processor.pad_id
+    )
+    if row.reference:
+        values = reference_logps(model, params, data, form, batch_rows, mesh)
+        data = WithColumn(data, "ref_logps", values)
+        form = functools.partial(form, extras=("ref_logps",))
+    loss = jax.jit(row.objective(model, **(objective or {})))
+
+    def evaluate(state: Mapping[str, Any], step: int) -> dict[str, float]:
+        sums = None
+        for start in range(0, len(data), batch_rows):
+            items = [data[i] for i in range(start, min(start + batch_rows, len(data)))]
+            _, metrics = loss(state["params"], put_batch(form(items, batch_rows=batch_rows), mesh))
+            metrics = jax.device_get({k: _first(v) for k, v in metrics.items()})
+            sums = metrics if sums is None else jax.tree.map(np.add, sums, metrics)
+        return {name: float(ratio.mean) for name, ratio in sums.items()}
+
+    return evaluate
+
+
+def _first(value: Any) -> Any:
+    """A Ratio; of a loss with several terms the first one."""
+    return value if hasattr(value, "total") else value[0]

@@ -1,0 +1,434 @@
+"""Checkpoints: the state, where the data stood, and what the run was, saved as one.
+
+A checkpoint is atomic (a killed save leaves nothing that looks like one), written in the
+background, verified when read, and opens on another mesh.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from aa_jax.errors import AaJaxError, CheckpointError
+from aa_jax.sharding.rules import path_name
+from aa_jax.training.jsonable import digest, flatten, from_json, to_json
+
+log = logging.getLogger(__name__)
+
+_DAMAGED = "damaged"
+
+
+class _Damaged(Exception):
+    """A checkpoint that is complete by its name but cannot be read as it was written."""
+
+
+class Checkpointer:
+    """The checkpoints of one training stage, ``folder/<step>``.
+
+    Use as a context manager, or call `close`: a save goes on in the background until then.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        keep_last: int = 2,
+        keep_best: str | None = None,
+        best_mode: str = "min",
+    ):
+        """Opens (and creates) the folder; removes what killed saves left in it.
+
+        Args:
+          folder: Folder of this stage's checkpoints.
+          keep_last: Number of newest checkpoints to keep, at least 1. An older one is removed
+            only after a newer one is complete.
+          keep_best: Also keep the checkpoint with the best value of this metric.
+          best_mode: "min" or "max".
+        """
+        if keep_last < 1 or best_mode not in ("min", "max"):
+            raise CheckpointError(
+                f"keep_last must be at least 1 and best_mode 'min' or 'max', got {keep_last} and "
+                f"{best_mode!r}"
+            )
+        self.folder = Path(folder).absolute()
+        self._keep_last, self._keep_best, self._best_mode = keep_last, keep_best, best_mode
+        self._scores: dict[int, float | None] = {}
+        with self._writing("be opened"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=None, cleanup_tmp_directories=True
+                ),
+            )
+
+    def steps(self) -> list[int]:
+        """The complete checkpoints, oldest first; waits for one that is being written."""
+        self.wait()
+        return sorted(self._manager.all_steps())
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        data_state: Any = None,
+        meta: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts writing a checkpoint; returns when the state may be changed again.
+
+        Args:
+          step: Number of updates done.
+          state: Tree of device arrays.
+          data_state: What the batch iterator's ``get_state()`` gave: JSON values, bytes, arrays.
+          meta: What else to remember, JSON values; e.g. {"config": ...}.
+          metrics: Values for `keep_best`.
+
+        Raises:
+          CheckpointError: This or the previous checkpoint could not be written; earlier ones are
+            untouched.
+        """
+        self.wait()
+        arrays = _named(state)
+        sums = _checksums(list(arrays.values()))
+        leaves = {
+            name: [list(x.shape), x.dtype.name, value]
+            for (name, x), value in zip(arrays.items(), sums, strict=True)
+        }
+        body = {
+            "leaves": leaves,
+            "data": _all_processes(to_json(data_state, "data_state")),
+            "meta": to_json(dict(meta or {}), "meta"),
+            "metrics": {name: float(value) for name, value in (metrics or {}).items()},
+        }
+        with self._writing(f"be written for step {step}"):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(arrays),
+                    record=ocp.args.JsonSave({"crc32": digest(body), "body": body}),
+                ),
+                force=True,
+            )
+        self._scores[step] = body["metrics"].get(self._keep_best or "")
+
+    def restore(
+        self, abstract_state: Any, *, step: int | None = None, partial: bool = False
+    ) -> tuple[Any, Any, dict[str, Any]] | None:
+        """Reads the newest checkpoint that is whole.
+
+        Args:
+          abstract_state: Tree of ``jax.ShapeDtypeStruct`` with the shardings to restore to, on
+            whatever mesh (`state.abstract_state`). An array in its place is kept if it holds the
+            saved values already (frozen parameters), and not read.
+          step: This checkpoint instead of the newest; no falling back.
+          partial: Read only what `abstract_state` names, e.g. {"params": ...}.
+
+        Returns:
+          (state, data_state, meta), or None if there is no checkpoint.
+
+        Raises:
+          CheckpointError: The checkpoint belongs to another model or optimizer, or every one is
+            damaged. A damaged newest one is moved to ``folder/damaged`` with a warning, and the
+            one before it is used.
+        """
+        steps = self.steps()
+        if step is not None and step not in steps:
+            raise CheckpointError(f"{self.folder} has no checkpoint of step {step}, only {steps}")
+        failures: dict[int, Exception] = {}
+        for candidate in reversed(steps if step is None else [step]):
+            try:
+                found = self._read(candidate, abstract_state, partial)
+            except _Damaged as error:
+                log.error("checkpoint %s/%s is damaged: %s", self.folder, candidate, error)
+                failures[candidate] = error
+                continue
+            self._put_aside(failures, candidate)
+            return found
+        if failures:
+            newest = max(failures)
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} can be read; the newest, step {newest}, fails "
+                f"with: {failures[newest]}. Bring back the files from a copy, or remove "
+                "the folder to start over."
+            ) from failures[newest]
+        return None
+
+    def wait(self) -> None:
+        """Until the save in progress is complete, then removes checkpoints no longer kept.
+
+        Raises:
+          CheckpointError: The save failed; earlier checkpoints are untouched.
+        """
+        try:
+            with self._writing("be completed"):
+                self._manager.wait_until_finished()
+                self._manager.check_for_errors()
+        except CheckpointError:
+            self._manager.reload()  # forgets the one that failed
+            raise
+        with self._writing("be cleaned up"):
+            self._prune()
+
+    def close(self) -> None:
+        """Waits for the save in progress and releases the threads."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: Any, *rest: object) -> None:
+        try:
+            self.close()
+        except CheckpointError as error:
+            if kind is None:
+                raise
+            # The error that is already on its way says more than this one.
+            log.error("%s", error)
+
+    # ------------------------------------------------------------------ details
+
+    def _read(self, step: int, abstract_state: Any, partial: bool) -> tuple:
+        record = self._record(step)
+        wanted = _named(abstract_state)
+        self._check_leaves(step, record["leaves"], wanted, partial)
+        arrays = {name: x for name, x in wanted.items() if isinstance(x, jax.Array)}
+        for name in _changed(arrays, record["leaves"]):
+            del arrays[name]
+        structs = {name: x for name, x in wanted.items() if name not in arrays}
+        if structs:
+            args = ocp.args.PyTreeRestore(
+                structs,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(structs),
+                partial_restore=True,
+            )
+            with _reading():
+                read = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+            if changed := _changed(read, record["leaves"]):
+                raise _Damaged(f"the values of {changed[0]} are not those that were saved")
+            arrays |= read
+        treedef = jax.tree.structure(abstract_state)
+        state = jax.tree.unflatten(treedef, [arrays[name] for name in wanted])
+        data = record["data"]
+        index = jax.process_index() if jax.process_count() == len(data) else 0
+        return state, from_json(data[index]), from_json(record["meta"])
+
+    def _record(self, step: int) -> dict[str, Any]:
+        args = ocp.args.Composite(record=ocp.args.JsonRestore())
+        with _reading():
+            record = self._manager.restore(step, args=args)["record"]
+            if digest(record["body"]) != record["crc32"]:
+                raise ValueError("the record was changed after it was saved")
+        return record["body"]
+
+    def _check_leaves(self, step: int, saved: dict, wanted: dict, partial: bool) -> None:
+        def show(entry: Any) -> str:
+            return f"{tuple(entry[0])} {entry[1]}" if entry else "missing"
+
+        expected = {name: [list(x.shape), x.dtype.name] for name, x in wanted.items()}
+        names = list(expected) + [name for name in saved if name not in expected and not partial]
+        differing = [
+            f"{name}: {show(saved.get(name))} in the checkpoint, {show(expected.get(name))} here"
+            for name in names
+            if (saved.get(name) or [None])[:2] != expected.get(name)
+        ]
+        if differing:
+            more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
+            only_optimizer = all(line.startswith("opt_state") for line in differing)
+            what = "optimizer or other frozen parameters" if only_optimizer else "model"
+            raise CheckpointError(
+                f"checkpoint {self.folder}/{step} was made by another {what}: "
+                f"{'; '.join(differing[:5])}{more}. Use the configuration it was made with, or "
+                "another workdir."
+            )
+
+    def _put_aside(self, failures: Mapping[int, Exception], used: int) -> None:
+        """Out of the way of the run, which will reach the same step again; not deleted."""
+        if not failures:
+            return
+        if jax.process_index() == 0:
+            (self.folder / _DAMAGED).mkdir(exist_ok=True)
+            for step in failures:
+                target = self.folder / _DAMAGED / str(step)
+                while target.exists():
+                    target = target.with_name(target.name + "_")
+                os.replace(self.folder / str(step), target)
+        _barrier("aa_jax_damaged")
+        self._manager.reload()
+        log.warning(
+            "resuming from step %s: the newer checkpoints %s are damaged and were moved to %s",
+            used,
+            sorted(failures),
+            self.folder / _DAMAGED,
+        )
+
+    def _prune(self) -> None:
+        steps = sorted(self._manager.all_steps())
+        kept = set(steps[-self._keep_last :])
+        if self._keep_best and len(steps) > len(kept):
+            scores = {step: self._score(step) for step in steps}
+            known = {step: score for step, score in scores.items() if score is not None}
+            if known:
+                pick = min if self._best_mode == "min" else max
+                kept.add(pick(known, key=known.__getitem__))
+        for step in steps:
+            if step not in kept:
+                self._manager.delete(step)
+                self._scores.pop(step, None)
+
+    def _score(self, step: int) -> float | None:
+        if step not in self._scores:
+            try:
+                self._scores[step] = self._record(step)["metrics"].get(self._keep_best)
+            except _Damaged:
+                self._scores[step] = None  # never the best
+        return self._scores[step]
+
+    @contextlib.contextmanager
+    def _writing(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except AaJaxError:
+            raise
+        except Exception as error:
+            # Whatever storage raises here, the training loop should hear the same thing.
+            raise CheckpointError(
+                f"checkpoint folder {self.folder} cannot {action}: {_brief(error)}. Make sure it "
+                "is writable and the disk is not full; checkpoints completed earlier are intact, "
+                "and running the same command again goes on from the newest."
+            ) from error
+
+
+def check_fingerprint(
+    saved: Mapping[str, Any], current: Mapping[str, Any], ignore: Sequence[str] = ()
+) -> None:
+    """Refuses to continue a run with another configuration.
+
+    Args:
+      saved: Configuration the checkpoint was made with (nested dicts of JSON values).
+      current: Configuration of this run.
+      ignore: Globs over dotted keys that may differ, e.g. "log_every", "mesh.*".
+
+    Raises:
+      CheckpointError: Names every key that differs, with both values.
+    """
+    missing = object()
+    old, new = flatten(to_json(saved)), flatten(to_json(current))
+
+    def show(value: Any) -> str:
+        return "(not set)" if value is missing else repr(value)
+
+    differing = [
+        f"{key}: {show(old.get(key, missing))} -> {show(new.get(key, missing))}"
+        for key in sorted(set(old) | set(new))
+        if old.get(key, missing) != new.get(key, missing)
+        and not any(fnmatchcase(key, glob) for glob in ignore)
+    ]
+    if differing:
+        raise CheckpointError(
+            "the checkpoint belongs to a run with another configuration (checkpoint -> now): "
+            f"{'; '.join(differing)}. Restore those values to continue it, or use another workdir "
+            "to start a new run."
+        )
+
+
+def _changed(arrays: Mapping[str, jax.Array], saved: Mapping[str, Any]) -> list[str]:
+    """Names of the arrays whose values are not the saved ones."""
+    if not arrays:
+        return []
+    sums = zip(arrays, _checksums(list(arrays.values())), strict=True)
+    return [name for name, value in sums if value != saved[name][2]]
+
+
+def _checksums(arrays: Sequence[jax.Array]) -> list[int]:
+    """One uint32 per array, the same on any mesh; a change of any one value changes it."""
+    groups: dict[Any, list[int]] = {}
+    for i, x in enumerate(arrays):
+        mesh = x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None
+        groups.setdefault(NamedSharding(mesh, P()) if mesh else x.sharding, []).append(i)
+    sums = [0] * len(arrays)
+    for place, members in groups.items():
+        values = _checksum_program(place)(tuple(arrays[i] for i in members))
+        for i, value in zip(members, np.asarray(values).tolist(), strict=True):
+            sums[i] = value
+    return sums
+
+
+@functools.lru_cache(maxsize=8)
+def _checksum_program(place: Any) -> Callable[..., jax.Array]:
+    return jax.jit(lambda arrays: jnp.stack([_checksum(x) for x in arrays]), out_shardings=place)
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}"))
+    bits = bits.astype(jnp.uint32)
+    # The position enters by elementwise iotas: a reshape would gather a sharded array.
+    weight, stride = jnp.ones(bits.shape, jnp.uint32), 2
+    for dim in reversed(range(bits.ndim)):
+        iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim)
+        weight = weight + iota * jnp.uint32(stride % 2**32)
+        stride *= bits.shape[dim]
+    # Every weight is odd, so multiplying by it loses nothing modulo 2**32.
+    return jnp.sum(bits * weight, dtype=jnp.uint32)
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """{path: leaf} in tree order: no container types, no integer keys to lose on the way."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    named = {path_name(path): leaf for path, leaf in flat}
+    if len(named) != len(flat):
+        raise CheckpointError("two arrays of the state have the same path; rename one of them")
+    return named
+
+
+def _all_processes(value: Any) -> list[Any]:
+    """Every process's JSON value, in process order."""
+    if jax.process_count() == 1:
+        return [value]
+    import json
+
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray([text.size], np.int32))[:, 0]
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: text.size] = text
+    texts = multihost_utils.process_allgather(padded)
+    return [json.loads(t[:n].tobytes().decode()) for t, n in zip(texts, sizes, strict=True)]
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise  # says something about this machine, not about the checkpoint
+    except Exception as error:  # storage errors arrive as bare Exceptions
+        raise _Damaged(_brief(error)) from error
+
+
+def _brief(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if len(text) > 400:  # storage names the file first and the cause last
+        text = f"{text[:150]} … {text[-250:]}"
+    return f"{type(error).__name__}: {text}"

@@ -1,0 +1,346 @@
+"""The one training loop; algorithms differ in the batches and the objective, never here."""
+
+import dataclasses
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from aa_jax.errors import AaJaxError, ConfigError
+from aa_jax.losses.base import Ratio
+from aa_jax.sharding.batches import pad_rows, put_batch, rows
+from aa_jax.training.checkpoint import Checkpointer, check_fingerprint
+from aa_jax.training.metrics import MetricWriter
+from aa_jax.training.progress import Progress
+from aa_jax.training.state import TrainState, as_abstract, frozen_paths, merge, split
+from aa_jax.training.step import Step
+
+log = logging.getLogger(__name__)
+
+# An objective whose loss and metrics["loss"] differ by more than this is wrong, not rounded.
+_LOSS_GAP = 1e-3
+_DATA_ENDED = "data_ended"
+
+
+def fit(
+    *,
+    step: Step,
+    state: TrainState,
+    batches: Any,
+    total_steps: int,
+    workdir: str | os.PathLike,
+    stage: str = "train",
+    checkpoint_every: int | None = None,
+    keep_last: int = 2,
+    keep_best: str | None = None,
+    best_mode: str = "min",
+    log_every: int = 1,
+    evaluate: Callable[[TrainState, int], Mapping[str, float]] | None = None,
+    eval_every: int | None = None,
+    writer: Any = None,
+    roles: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    may_differ: Sequence[str] = (),
+    skip_nonfinite: bool = False,
+) -> TrainState:
+    """Trains until `total_steps` updates are done or the batches end, and returns the state.
+
+    Calling it again with the same `workdir` and `stage` continues from the newest checkpoint, bit
+    for bit as if it had never stopped, or returns the final state at once if it was done. SIGTERM
+    and SIGINT write a checkpoint after the current step, then end the program (`SystemExit`,
+    `KeyboardInterrupt`); a second signal does not wait.
+
+    Args:
+      step: From `make_step`.
+      state: From `init_state`; consumed. Also says what a checkpoint must look like.
+      batches: Iterator of host batches with ``get_state()`` and ``set_state()``, e.g. a grain
+        iterator. If it has ``set_params``, it is called before each batch with the current
+        parameters (on-policy data).
+      total_steps: Number of updates.
+      workdir: Run directory; checkpoints go to ``checkpoints/<stage>``, metrics to metrics.jsonl.
+      stage: Name of this run of the loop within the run directory.
+      checkpoint_every: Steps between checkpoints; None for only a final one.
+      keep_last: Checkpoints to keep.
+      keep_best: Also keep the one with the best value of this evaluation figure.
+      best_mode: "min" or "max" for `keep_best`.
+      log_every: Steps per line of metrics; sums and counts are added over them.
+      evaluate: ``(state, step) -> figures``, written as "eval/<name>".
+      eval_every: Steps between evaluations; they also run once at the end.
+      writer: A `MetricWriter`; default one for `workdir`.
+      roles: Frozen parameter trees for the objective.
+      config: What this run is; a checkpoint made with another one is refused.
+      may_differ: Globs over dotted config keys that may differ from the checkpoint's.
+      skip_nonfinite: Count and skip updates with a loss or gradient that is not finite instead of
+        stopping.
+
+    Raises:
+      AaJaxError: The loss or a gradient is not finite.
+      CheckpointError: The checkpoint is of another model or configuration, or cannot be written.
+      DataError: A batch does not fit the devices.
+    """
+    for name, every in [("total_steps", total_steps), ("log_every", log_every)]:
+        if every < 1:
+            raise ConfigError(f"{name} must be at least 1, got {every}")
+    folder = Path(workdir) / "checkpoints" / stage
+    with ExitStack() as stack:
+        saver = stack.enter_context(
+            Checkpointer(folder, keep_last=keep_last, keep_best=keep_best, best_mode=best_mode)
+        )
+        run = _Run()
+        if saver.steps():
+            wanted = _release(state, step, roles)
+            state, data_state, meta = saver.restore(wanted)
+            check_fingerprint(meta["config"], config or {}, may_differ)
+            run = _Run(**meta["run"])
+            if run.step >= total_steps or _data_ended(folder) == run.step:
+                log.info("%s: already done, %d steps", stage, run.step)
+                return state
+            batches.set_state(data_state)
+            log.info("%s: continuing from step %d of %d", stage, run.step, total_steps)
+        if writer is None:
+            writer = stack.enter_context(MetricWriter(workdir, stage))
+        writer.rewind(run.step)
+        stop = stack.enter_context(_stop_signals(stage))
+        shown = None if jax.process_index() == 0 else False
+        progress = stack.enter_context(Progress(stage, total_steps, run.step, enabled=shown))
+        saved, in_flight = run.step if saver.steps() else -1, None
+
+        def settle() -> None:
+            """Reads the figures of the step in flight; waits for the device to finish it."""
+            nonlocal in_flight
+            if in_flight is None:
+                return
+            at, metrics, tokens = in_flight
+            in_flight = None
+            run.add(at, jax.device_get(metrics), tokens, skip_nonfinite)
+            if at % log_every == 0 or at == total_steps:
+                figures = run.figures()
+                writer.write(at, figures)
+                progress.update(at, loss=figures["loss"])
+
+        def evaluate_now() -> None:
+            figures = {name: float(value) for name, value in evaluate(state, run.step).items()}
+            writer.write(run.step, {f"eval/{name}": value for name, value in figures.items()})
+            run.evaluated, run.scores = run.step, figures
+
+        def save() -> None:
+            nonlocal saved
+            meta = {"config": dict(config or {}), "run": run.as_dict()}
+            scores = run.scores if run.evaluated == run.step else {}
+            saver.save(run.step, state, batches.get_state(), meta, scores)
+            saved = run.step
+
+        while run.step < total_steps:
+            if hasattr(batches, "set_params"):
+                batches.set_params(state["params"])
+            began = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
+            batch, tokens = _prepare(batch, step, run)
+            run.data_seconds += time.perf_counter() - began
+            with jax.transfer_guard("disallow"):
+                state, metrics = step(state, batch, **roles or {})
+            settle()  # the previous step, so that the device is never idle while the host reads
+            run.step += 1
+            in_flight = (run.step, metrics, tokens)
+            if run.step == total_steps:
+                break
+            if eval_every and evaluate and run.step % eval_every == 0:
+                settle()
+                evaluate_now()
+                run.restart_clock()
+            stopping = stop.asked(run.step)
+            if stopping or (checkpoint_every and run.step % checkpoint_every == 0):
+                settle()
+                save()
+                run.restart_clock()
+            if stopping:
+                saver.wait()
+                stop.leave(run.step)
+
+        settle()
+        if run.steps:
+            writer.write(run.step, run.figures())
+        if evaluate and run.evaluated != run.step:
+            evaluate_now()
+        if saved != run.step:
+            save()
+        saver.wait()
+        if run.step < total_steps:
+            log.info("%s: the data ended after %d steps", stage, run.step)
+            if jax.process_index() == 0:
+                (folder / _DATA_ENDED).write_text(f"{run.step}\n")
+        if stop.asked(run.step):
+            stop.leave(run.step)
+    return state
+
+
+@dataclasses.dataclass
+class _Run:
+    """What the loop itself has to remember; part of every checkpoint."""
+
+    step: int = 0
+    rows: int = 0  # of the largest batch; smaller ones are padded to it
+    skipped: int = 0
+    evaluated: int = -1
+    scores: dict[str, float] = dataclasses.field(default_factory=dict)
+    # Since the last line of metrics:
+    sums: dict[str, list[list[float]]] = dataclasses.field(default_factory=dict)
+    steps: int = 0
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.restart_clock()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def restart_clock(self) -> None:
+        """Forgets the time since the last step: it went into something else."""
+        self._clock = time.perf_counter()
+
+    def add(self, step: int, metrics: Mapping[str, Any], tokens: int, skip: bool) -> None:
+        """Adds one step's sums and counts, after judging them."""
+        now = time.perf_counter()
+        self.seconds += now - self._clock
+        self._clock = now
+        self.steps += 1
+        self.tokens += tokens
+        pairs = {name: _pairs(value) for name, value in metrics.items()}
+        skipped, gap = pairs.pop("skipped")[0][0], pairs.pop("loss_gap")[0][0]
+        loss, norm = _mean(pairs["loss"]), _mean(pairs["grad_norm"])
+        if skipped:
+            self.skipped += 1
+            if not skip:
+                raise AaJaxError(
+                    f"step {step}: the loss is {loss} and the gradient norm {norm}. The update "
+                    "was not applied. Lower the learning rate or clip_norm, look at the batch of "
+                    "this step, or pass skip_nonfinite=True to skip and count such steps."
+                )
+            log.warning("step %d skipped: loss %s, gradient norm %s", step, loss, norm)
+            return
+        if gap > _LOSS_GAP * max(1.0, abs(loss)):
+            raise ConfigError(
+                f"step {step}: the objective's loss and the mean(s) of its metrics['loss'] differ "
+                f"by {gap:.3g}, so accumulation would train on something else than the loss. "
+                "Return metrics['loss'] as Ratio(total, count), or one Ratio per term of the loss."
+            )
+        for name, terms in pairs.items():
+            sums = self.sums.setdefault(name, [[0.0, 0.0] for _ in terms])
+            for kept, (total, count) in zip(sums, terms, strict=True):
+                kept[0] += total
+                kept[1] += count
+
+    def figures(self) -> dict[str, float]:
+        """Means since the last call."""
+        steps = max(self.steps, 1)
+        out = {name: _mean(terms) for name, terms in self.sums.items()}
+        out.setdefault("loss", math.nan)
+        out |= {
+            "skipped": self.skipped,
+            "step_seconds": self.seconds / steps,
+            "data_seconds": self.data_seconds / steps,
+            "compute_seconds": max(self.seconds - self.data_seconds, 0.0) / steps,
+            "tokens_per_second": self.tokens / self.seconds if self.seconds else math.nan,
+        }
+        self.sums, self.steps, self.tokens = {}, 0, 0
+        self.seconds = self.data_seconds = 0.0
+        return out
+
+
+class _stop_signals:  # noqa: N801 (used as a context manager function)
+    """Notes SIGTERM and SIGINT instead of dying in the middle of a step."""
+
+    def __init__(self, stage: str):
+        self._stage, self._received, self._before = stage, None, {}
+
+    def __enter__(self) -> "_stop_signals":
+        # Signals reach only the main thread; with several hosts the coordinator spreads SIGTERM.
+        if threading.current_thread() is threading.main_thread():
+            wanted = [signal.SIGINT, signal.SIGTERM][: 2 if jax.process_count() == 1 else 1]
+            self._before = {number: signal.signal(number, self._note) for number in wanted}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self._received = number
+        self.__exit__()
+        self._before = {}
+        log.warning("%s: signal %d, saving after this step", self._stage, number)
+
+    def asked(self, step: int) -> bool:
+        """Whether to stop after this step, on all hosts alike."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self._received = signal.SIGTERM
+        return self._received is not None
+
+    def leave(self, step: int) -> None:
+        """Ends the program the way the signal would have."""
+        log.warning("%s: stopped at step %d; run it again to continue", self._stage, step)
+        if self._received == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + self._received)
+
+
+def _prepare(batch: Mapping[str, Any], step: Step, run: _Run) -> tuple[dict[str, Any], int]:
+    """(the batch on the mesh, its real tokens); a partial batch gets the rows of a full one."""
+    tokens = count_tokens(batch)
+    batch = pad_rows(batch, max(step.rows_multiple // jax.process_count(), 1))
+    run.rows = max(run.rows, rows(batch))
+    if "sequence_mask" in batch:
+        batch = pad_rows(batch, run.rows)
+    return put_batch(batch, step.mesh), tokens * jax.process_count()
+
+
+def count_tokens(batch: Mapping[str, Any]) -> int:
+    """Tokens that are not padding: those that may see at least themselves."""
+    if "intervals" in batch:
+        intervals = np.asarray(batch["intervals"])
+        return int(np.count_nonzero(intervals[..., 3] > intervals[..., 2]))
+    return int(np.size(batch["tokens"])) if "tokens" in batch else 0
+
+
+def _release(state: TrainState, step: Step, roles: Mapping[str, Any] | None) -> TrainState:
+    """The state to read a checkpoint into: its own memory freed, what it shares kept as it is."""
+    shared = {id(x) for x in jax.tree.leaves(roles or {})}
+    paths = frozen_paths(state["params"], step.frozen)
+    trainable, held = split(state["params"], paths)
+    moving = {**state, "params": trainable}
+    wanted = as_abstract(moving)
+    for x in jax.tree.leaves(moving):
+        if isinstance(x, jax.Array) and id(x) not in shared:
+            x.delete()
+    return {**wanted, "params": merge(wanted["params"], held)}
+
+
+def _data_ended(folder: Path) -> int | None:
+    """The step at which an earlier call ran out of data."""
+    path = folder / _DATA_ENDED
+    return int(path.read_text()) if path.exists() else None
+
+
+def _pairs(value: Any) -> list[list[float]]:
+    terms = [value] if isinstance(value, Ratio) else value
+    return [[float(term.total), float(term.count)] for term in terms]
+
+
+def _mean(terms: Sequence[Sequence[float]]) -> float:
+    """Sum of the means; NaN, a gap in the chart, where nothing was counted."""
+    return sum(total / count if count else math.nan for total, count in terms)

@@ -1,0 +1,71 @@
+"""Output head, log-softmax and gather as one operator."""
+
+from jaxtyping import Array, Bool, Float, Int
+
+from aa_jax.errors import ConfigError
+from aa_jax.kernels.dispatch import Implementation, choose
+from aa_jax.kernels.linear_logprob import reference, xla
+from aa_jax.kernels.linear_logprob.spec import LogProbs, Spec
+
+IMPLEMENTATIONS = {
+    "reference": Implementation(reference.linear_logprob),
+    "xla": Implementation(xla.linear_logprob, preferred=None),
+}
+
+
+def linear_logprob(
+    hidden: Float[Array, "N D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "N"],
+    *,
+    mask: Bool[Array, "N"] | Float[Array, "N"] | None = None,
+    bias: Float[Array, "V"] | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    need_entropy: bool = False,
+    impl: str = "auto",
+    chunk: int | None = None,
+) -> LogProbs:
+    r"""Log-probability of each target under ``softmax(z)``, never holding ``[N, V]`` at once.
+
+    .. math::
+      z = \mathrm{cap}(h W^\top + b) / \tau, \qquad \mathrm{cap}(x) = c \tanh(x / c)
+
+      \log p_y = z_y - \mathrm{lse}(z), \qquad H = \mathrm{lse}(z) - \sum_v p_v z_v
+
+    Matmuls run in ``hidden``'s type and accumulate in float32; everything after them is float32.
+    All three results are differentiable with respect to ``hidden``, ``head`` and ``bias``; the
+    backward pass forms the logits again (as Wijmans et al., "Cut Your Losses", 2024, without its
+    gradient filter), and costs no matmul for a head that is not differentiated.
+
+    Args:
+      hidden: final hidden states, in the compute type.
+      head: output embedding; gradients are accumulated in float32 and returned in its type.
+      targets: token ids in ``[0, V)``. Any value is fine where the mask is zero; elsewhere an id
+        out of range gives NaN.
+      mask: nonzero (or True) on tokens that count. The others return exactly 0, receive exactly 0
+        gradient and may hold anything, NaN included. Only zero or not matters: weights belong
+        into the loss.
+      bias: added to the logits.
+      temperature: τ > 0, divides the capped logits.
+      softcap: c > 0, or None for no cap (Gemma 2, arXiv:2408.00118, §2).
+      need_entropy: also return the entropy.
+      impl: ``"auto"`` or a key of `IMPLEMENTATIONS`.
+      chunk: tokens per block of logits; None picks it so that a block stays within the budget of
+        the implementation.
+
+    Returns:
+      Log-probabilities, entropies (or None) and log-partition sums.
+
+    Raises:
+      ConfigError: unknown or unavailable ``impl``, or a temperature, cap or chunk that is not
+        positive.
+    """
+    for name, value in (("temperature", temperature), ("softcap", softcap), ("chunk", chunk)):
+        if value is not None and not value > 0:
+            raise ConfigError(f"linear_logprob: {name} must be positive, got {value!r}.")
+    fn = choose("linear_logprob", IMPLEMENTATIONS, impl)
+    spec = Spec(
+        float(temperature), None if softcap is None else float(softcap), bool(need_entropy), chunk
+    )
+    return fn(hidden, head, targets, None if mask is None else mask != 0, bias, spec)
