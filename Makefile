@@ -29,7 +29,7 @@ test-slow: $(VENV)/.installed-test  ## every test, the slow ones too
 	$(BIN)/python -m pytest -m 'slow or not slow'
 
 reproduce: $(VENV)/.installed  ## LLF with several training seeds, wider grids, Figure 5 and Table 3
-	$(BIN)/python launch/reproduce.py --workdir runs/reproduce
+	$(BIN)/python launch/reproduce.py --config configs/ti2t/digits_llf_reproduce.py --workdir runs/reproduce
 
 bench: $(VENV)/.installed-test  ## side-by-side measurements with their baselines
 	$(BIN)/python benchmarks/llava_dpo.py

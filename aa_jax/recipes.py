@@ -140,7 +140,7 @@ def train(
     row = find_recipe(recipe)
     if epochs is None and steps is None:
         raise ConfigError("give epochs or steps: otherwise training would never end.")
-    if "lr" not in (optim or {}):
+    if (optim or {}).get("lr") is None:
         raise ConfigError("optim.lr is not set: give the peak learning rate.")
     started = time.perf_counter()
     rule = Limits(**(limits or {}))

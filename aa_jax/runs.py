@@ -58,7 +58,9 @@ def run(
     recipe: str,
     model: Mapping[str, Any],
     data: Mapping[str, Any],
-    train: Mapping[str, Any],
+    optim: Mapping[str, Any],
+    objective: Mapping[str, Any] | None = None,
+    train: Mapping[str, Any] | None = None,
     eval_data: Mapping[str, Any] | None = None,
     mesh: Mapping[str, int] | None = None,
     seed: int = 0,
@@ -71,7 +73,9 @@ def run(
       recipe: a key of `aa_jax.recipes.RECIPES`.
       model: `path` of a Hugging Face checkpoint folder, and options of `models.load`.
       data: keyword arguments of `load_dataset`.
-      train: keyword arguments of `recipes.train`.
+      optim: keyword arguments of `make_optimizer`; `lr` is required.
+      objective: options of the recipe's objective, e.g. beta.
+      train: further keyword arguments of `recipes.train`.
       eval_data: held-out data; what it leaves out is taken from `data`.
       mesh: sizes for `make_mesh`; default: all devices over data.
       seed: of the order of the data and of new parameters.
@@ -95,7 +99,8 @@ def run(
         held_out = load_dataset(row.task, processor, **{**data, **eval_data})
     final, figures = recipes.train(
         recipe, model=built, params=params, processor=processor, examples=examples,
-        eval_examples=held_out, workdir=workdir, mesh=devices, seed=seed, config=config, **train,
+        eval_examples=held_out, workdir=workdir, mesh=devices, seed=seed, config=config, optim=optim,
+        objective=objective, **(train or {}),
     )  # fmt: skip
     if row.score_head:
         heads.save(workdir / "model", built, final, extra_files_from=path, overwrite=True)

@@ -19,7 +19,7 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    def format(self, digits: int = 1, scale: float = 1.0) -> str:
+    def format(self, digits: int = 1, scale: float | int = 1) -> str:
         """Text such as `66.9 [64.6, 69.3]`."""
         point, low, high = (value * scale for value in self)
         return f"{point:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -23,6 +23,7 @@ ROWS = {
     "improved_trained": "self-improvement, trained feedback model",
     "improved_untrained": "self-improvement, untrained feedback model",
 }
+_DIRECT = "llf_against_binary"
 HEADINGS = {
     "prompt_following": "following",
     "objective_rules": "rules",
@@ -32,7 +33,7 @@ HEADINGS = {
     "words": "words",
     "win_rate": "win rate %",
 }
-_STAGES = ("tower", "sft", "collect", "feedback", "improve", "dpo", "evaluate")
+_STAGES = ("tower", "pretrain", "sft", "collect", "feedback", "improve", "dpo", "evaluate")
 
 
 def write(workdir: Path, test: Sequence) -> dict[str, str]:
@@ -60,11 +61,15 @@ def write(workdir: Path, test: Sequence) -> dict[str, str]:
         report.Table("Result", columns, rows, caption=caption),
         report.Bars(
             "Win rate against the initial model",
-            [_bar(name, result[name]) for name in ROWS if name != "initial"],
+            [
+                _bar(label, result[name])
+                for name, label in labels(result).items() if name != "initial"
+            ],
             reference=0.5, percent=True,
             note="Dashed: the initial model against itself. Intervals: 95 %, over prompts.",
         ),
-        report.Table("The same answers decoded greedily", *_greedy_table(result),
+        report.Text(direct_comparison(result)),
+        report.Table("The same models decoded greedily", *_greedy_table(result),
                      caption="Temperature 0; win rate against the initial model's greedy answers."),
         report.Samples(
             "Self-improvement on test images",
@@ -94,7 +99,10 @@ def write(workdir: Path, test: Sequence) -> dict[str, str]:
         "improved answers.",
         wall_seconds=wall,
     )  # fmt: skip
-    print_table(columns, rows, Console())
+    console = Console()
+    print_table(columns, rows, console)
+    console.print(direct_comparison(result), soft_wrap=not console.is_terminal)
+    console.print(f"report: {path}", soft_wrap=True)
     return {"report": str(path), "minutes": round(wall / 60, 2)}
 
 
@@ -102,7 +110,7 @@ def result_table(result: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], li
     """Headings and rows of the result table: means, and intervals for mean and win rate."""
     columns = ["model", *HEADINGS.values()]
     rows = []
-    for name, label in ROWS.items():
+    for name, label in labels(result).items():
         line: list[Any] = [label]
         for key in HEADINGS:
             value = Interval(*result[name][key])
@@ -154,20 +162,49 @@ def _lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _bar(name: str, line: Mapping[str, Any]) -> report.Bar:
+def _bar(label: str, line: Mapping[str, Any]) -> report.Bar:
     value = Interval(*line["win_rate"])
-    return report.Bar(ROWS[name], value.estimate, value.low, value.high)
+    return report.Bar(label, value.estimate, value.low, value.high)
+
+
+def labels(result: Mapping[str, Any]) -> dict[str, str]:
+    """Rows of the result table, in order, with what they are called."""
+    found = {}
+    for name, label in ROWS.items():
+        found[name] = label
+        if name == "llf":
+            found |= {
+                other: f"DPO + LLF, {other.removeprefix('llf_')} % of the feedback"
+                for other in result
+                if other.startswith("llf_") and not other.endswith("_greedy")
+                and not other.startswith(_DIRECT)
+            }  # fmt: skip
+    return found
+
+
+def direct_comparison(result: Mapping[str, Any]) -> str:
+    """One sentence: LLF against binary DPO on the same prompts."""
+    line = result[_DIRECT]
+    gap, rate = Interval(*line["mean_difference"]), Interval(*line["win_rate"])
+    verdict = "no difference can be told"
+    if gap.low > 0 or gap.high < 0:
+        verdict = "DPO + LLF is ahead" if gap.low > 0 else "DPO on binary pairs is ahead"
+    return (
+        f"DPO + LLF against DPO on binary pairs, same prompts: mean score difference "
+        f"{gap.format(3)}, win rate {rate.format(1, 100)} %: {verdict} (this training seed)."
+    )
 
 
 def _greedy_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    names = [name for name in ROWS if f"{name}_greedy" in result]
+    named = labels(result)
+    names = [name for name in named if f"{name}_greedy" in result]
     columns = ["model", *HEADINGS.values()]
     rows = []
     for name in names:
         line = result[f"{name}_greedy"]
         cells = [f"{line[key][0]:.{1 if key == 'words' else 3}f}" for key in list(HEADINGS)[:-1]]
         rate = "50 (by definition)" if name == "initial" else Interval(*line["win_rate"])
-        rows.append([ROWS[name], *cells, rate if isinstance(rate, str) else rate.format(1, 100)])
+        rows.append([named[name], *cells, rate if isinstance(rate, str) else rate.format(1, 100)])
     return columns, rows
 
 
@@ -193,6 +230,7 @@ def _curves(workdir: Path, found: Mapping[str, dict]) -> list[report.Curves]:
 
     charts = [
         report.Curves("Vision tower", {"probe loss": read("tower", "loss")}, ylabel="nats"),
+        report.Curves("Base model", {"loss": read("pretrain", "loss")}, ylabel="nats per token"),
         report.Curves("Initial model", {"SFT loss": read("sft", "loss")}, ylabel="nats per token"),
         report.Curves("Feedback model", {"SFT loss": read("feedback", "loss")},
                       ylabel="nats per token"),

@@ -1,12 +1,14 @@
 """The stages of learning from language feedback on the digits world, from nothing to a report."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from aa_jax.data import digits, sources, templates
 from aa_jax.data.digits import prompts as wording
+from aa_jax.eval.statistics import paired_difference, win_rate
 from aa_jax.llf import digits_world as world
 from aa_jax.llf import pipeline
 from aa_jax.llf.lab import Lab, Lengths
@@ -16,6 +18,10 @@ from aa_jax.llf.start import pretrain_tower
 from aa_jax.sharding.mesh import make_mesh
 
 BASE = "sft/model"
+# Rates of `digits.sample_response` for answers as good as they can be.
+NO_FLAWS = dict.fromkeys(
+    ("omit", "wrong", "sum_wrong", "redundant", "wrong_form", "omit_third", "ignore_short"), 0.0
+)
 FEEDBACK = "feedback/model"
 
 
@@ -29,6 +35,9 @@ def run(
     sampling: Mapping[str, Any] | None = None,
     model: Mapping[str, Any] | None = None,
     tower: Mapping[str, Any] | None = None,
+    pretrain: Mapping[str, Any] | None = None,
+    pretrain_examples: int = 24_000,
+    pretrain_revisions: float = 0.4,
     sft: Mapping[str, Any] | None = None,
     demonstrations: Mapping[str, Any] | None = None,
     annotator: str = "bounded",
@@ -39,6 +48,7 @@ def run(
     dpo: Mapping[str, Any] | None = None,
     validation_prompts: int = 512,
     test_prompts: int = 1024,
+    shares: Sequence[float] = (),
     stage: str | None = None,
 ) -> dict[str, dict]:
     """Runs (or continues) the pipeline; every argument is a section or key of the config.
@@ -49,9 +59,14 @@ def run(
       mesh: sizes for `make_mesh`; default: all devices over data.
       max_digits: digits per strip, 1 to 5.
       lengths: static lengths, see `Lengths`.
-      sampling: `batch_rows`, `temperature`, `top_p`.
+      sampling: `batch_rows`, `temperature`, `feedback_temperature`, `top_p`.
       model: keyword arguments of `llava_config`.
       tower: `steps`, `batch_rows`, `lr` of the tower's pre-training.
+      pretrain: keyword arguments of `recipes.train` for the base model, which learns from answers
+        without flaws what pre-trained models bring along: to read digits and to reckon.
+      pretrain_examples: number of examples for it.
+      pretrain_revisions: share of them that revise a flawed answer exactly as told, in half of them
+        told at random: to copy and to edit is another thing pre-trained models bring along.
       sft: keyword arguments of `recipes.train` for the initial model.
       demonstrations: keyword arguments of `digits.sft_examples`.
       annotator: "bounded" or "flips".
@@ -62,6 +77,8 @@ def run(
       dpo: keyword arguments of `pipeline.train_arms` (`lrs`, `optim`, `objective`, ...).
       validation_prompts: prompts on which learning rates are chosen.
       test_prompts: held-out prompts, answered once.
+      shares: further feedback models trained on these shares of the language feedback, with as
+        many updates as the full one, each with its pairs and DPO arm (Figure 5 of the paper).
       stage: run just this stage.
 
     Returns:
@@ -101,15 +118,29 @@ def run(
             seed=lab.stream("tower"), model=model or {}, **(tower or {}),
         )  # fmt: skip
 
-    def sft_stage(folder: Path) -> dict:
-        options = {"n": 20_000, **(demonstrations or {})}
-        shown = digits.sft_examples(
-            seed=lab.stream("demonstrations"), max_digits=max_digits, **options
-        )
+    def learn(folder: Path, start: str, shown: Sequence, training: Mapping) -> dict:
         examples = Lazy(len(shown), lambda i: shown[i].to_data_example((shown[i].target,)))
-        figures = pipeline.train_model(
-            folder, lab, "sft", base=f"{path}/tower/model", examples=examples, **(sft or {})
+        return pipeline.train_model(
+            folder, lab, "sft", base=f"{path}/{start}/model", examples=examples, **training
         )
+
+    def shown_examples(use: str, count: int, **options: Any) -> Sequence:
+        return digits.sft_examples(count, lab.stream(use), max_digits=max_digits, **options)
+
+    def pretrain_stage(folder: Path) -> dict:
+        revisions = round(pretrain_revisions * pretrain_examples)
+        answers = pretrain_examples - revisions
+        clean = shown_examples("clean", answers, mix={"answer": 1.0}, flaws=NO_FLAWS)
+        told = shown_examples("told", revisions, mix={"revise": 1.0}, follow=1.0)
+        both = Lazy(
+            pretrain_examples, lambda i: clean[i] if i < answers else told[i - answers]
+        )
+        return learn(folder, "tower", both, pretrain or {})
+
+    def sft_stage(folder: Path) -> dict:
+        options = {"n": 24_000, **(demonstrations or {})}
+        shown = shown_examples("demonstrations", options.pop("n"), **options)
+        figures = learn(folder, "pretrain", shown, sft or {})
         first = answer(folder / "validation.jsonl", validation, base)
         table = world.scores(validation, first)
         write_json(folder / "validation_scores.json", table)
@@ -124,17 +155,21 @@ def run(
             annotator=annotator, source="initial", seed=lab.stream("annotators"), limit=pairs,
         )  # fmt: skip
 
-    def feedback_stage(folder: Path) -> dict:
+    def feedback_stage(folder: Path, share: float = 1.0) -> dict:
+        options = dict(feedback or {})
+        if share < 1:  # less data, not less training
+            options |= {"epochs": None, "steps": summary(workdir, "feedback")["steps"]}
         return pipeline.train_feedback_model(
             folder, lab, base=base, preferences=f"{path}/collect/preferences.parquet",
-            template="AA_TI2T", **(feedback or {}),
+            template="AA_TI2T", share=share, **options,
         )  # fmt: skip
 
-    def improve_stage(folder: Path) -> dict:
+    def improve_stage(folder: Path, critic: str = feedback_model) -> dict:
         prompts = world.prompt_examples(feedback_records)
-        first = answer(folder / "response.jsonl", feedback_records, base)
+        # All feedback models criticise the same answers.
+        first = answer(workdir / "improve/response.jsonl", feedback_records, base)
         said, refined = pipeline.self_improve(
-            folder, lab, prompts, first, base=base, feedback_model=feedback_model
+            folder, lab, prompts, first, base=base, feedback_model=critic
         )
         made, counts = pipeline.make_pairs(folder, prompts, first, refined, pairs)
         return {
@@ -146,7 +181,7 @@ def run(
     def dpo_stage(folder: Path) -> dict:
         table = world.read_scores(workdir / "sft/validation_scores.json")
         return pipeline.train_arms(
-            folder, lab, base=base, arms=arms(workdir), baseline=table, records=validation,
+            folder, lab, base=base, arms=arms(workdir, shares), baseline=table, records=validation,
             prompts=world.prompt_examples(validation), **(dpo or {}),
         )  # fmt: skip
 
@@ -160,15 +195,38 @@ def run(
 
     stages = [
         Stage("tower", "vision tower: learn to see single digits", tower_stage),
-        Stage("sft", "initial model: SFT on imperfect demonstrations", sft_stage, ("tower",)),
+        Stage("pretrain", "base model: to read and to reckon", pretrain_stage, ("tower",)),
+        Stage("sft", "initial model: SFT on imperfect demonstrations", sft_stage, ("pretrain",)),
         Stage("collect", "annotators compare and criticise its answers", collect_stage, ("sft",)),
         Stage("feedback", "feedback model: SFT on critiques", feedback_stage, ("collect",)),
         Stage("improve", "self-improvement: y, critique, y*", improve_stage, ("feedback",)),
+        *(
+            made
+            for share in shares
+            for made in _share_stages(share, path, feedback_stage, improve_stage)
+        ),
         Stage("dpo", "DPO on binary pairs and on y* > y", dpo_stage, ("improve",)),
         Stage("evaluate", "held-out images, judged by the oracle", evaluate_stage, ("dpo",)),
         Stage("report", "report.html", report_stage, ("evaluate",)),
     ]
     return run_stages(workdir, stages, only=stage)
+
+
+def percent(share: float) -> str:
+    """A share as it stands in the names of stages and arms: 0.25 -> "25"."""
+    return f"{100 * share:g}"
+
+
+def _share_stages(share: float, path: str, train: Callable, improve: Callable) -> list[Stage]:
+    """The two stages of a feedback model that saw a share of the feedback."""
+    name = percent(share)
+    trained, improved = f"feedback_{name}", f"improve_{name}"
+    return [
+        Stage(trained, f"feedback model on {name} % of the critiques",
+              lambda folder: train(folder, share), ("improve",)),
+        Stage(improved, f"self-improvement with it ({name} %)",
+              lambda folder: improve(folder, f"{path}/{trained}/model"), (trained,)),
+    ]  # fmt: skip
 
 
 def default_lengths(max_digits: int) -> dict[str, int]:
@@ -183,15 +241,19 @@ def default_lengths(max_digits: int) -> dict[str, int]:
     }
 
 
-def arms(workdir: Path) -> dict[str, Sequence]:
+def arms(workdir: Path, shares: Sequence[float] = ()) -> dict[str, Sequence]:
     """The preference examples of each DPO arm, read through the real dataset's templates."""
-    binary = sources.open_source(str(workdir / "collect/preferences.parquet"))
-    improved = sources.open_source(str(workdir / "improve/pairs.parquet"))
-    read = templates.TEMPLATES
-    return {
-        "binary": [read["AA_TI2T"].preference(binary[i]) for i in range(len(binary))],
-        "llf": [read["AA_TI2T_LLF"].preference(improved[i]) for i in range(len(improved))],
+    files = {
+        "binary": ("AA_TI2T", "collect/preferences.parquet"),
+        "llf": ("AA_TI2T_LLF", "improve/pairs.parquet"),
     }
+    for name in map(percent, shares):
+        files[f"llf_{name}"] = ("AA_TI2T_LLF", f"improve_{name}/pairs.parquet")
+    result = {}
+    for arm, (template, file) in files.items():
+        rows = sources.open_source(str(workdir / file))
+        result[arm] = [templates.TEMPLATES[template].preference(row) for row in rows]
+    return result
 
 
 def evaluate(folder: Path, lab: Lab, test: Sequence, base: str, feedback_model: str) -> dict:
@@ -229,9 +291,12 @@ def evaluate(folder: Path, lab: Lab, test: Sequence, base: str, feedback_model: 
     for row, table in tables.items():
         against = tables["initial_greedy" if row.endswith("_greedy") else "initial"]
         result[row] = {k: list(v) for k, v in world.summarise(table, against).items()}
+    # The two arms against each other on the same prompts: sharper than two separate intervals.
+    for suffix in ("", "_greedy"):
+        first, second = (np.array(tables[f"{arm}{suffix}"]["mean"]) for arm in ("llf", "binary"))
+        result[f"llf_against_binary{suffix}"] = {
+            "mean_difference": list(paired_difference(first, second)),
+            "win_rate": list(win_rate(first, second)),
+        }
     return result
 
-
-def load_lines(path: Path) -> list[dict]:
-    """The lines of a JSONL file a stage wrote."""
-    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -37,7 +36,9 @@ class Lab:
       seed: of the whole run; every use derives its own.
       lengths: static lengths.
       batch_rows: requests per sampling batch.
-      temperature: of all sampled text except greedy evaluation.
+      temperature: of answers (y and y*), so that pairs are on-policy.
+      feedback_temperature: of critiques. 0 writes the likeliest feedback: a model trained on many
+        erring annotators then says what most of them would.
       top_p: nucleus mass.
       wording: of the LLF prompts, see `aa_jax.data.llf_prompts`.
       dtype: compute type of the models.
@@ -49,6 +50,7 @@ class Lab:
     lengths: Lengths
     batch_rows: int = 256
     temperature: float = 1.0
+    feedback_temperature: float = 0.0
     top_p: float = 1.0
     wording: Mapping[str, str] | None = None
     dtype: str = "float32"
@@ -60,7 +62,7 @@ class Lab:
         return model, params, Processor.from_pretrained(folder)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019
-    def sampler(self, folder: str, max_new_tokens: int, greedy: bool) -> Callable:
+    def sampler(self, folder: str, max_new_tokens: int, temperature: float) -> Callable:
         """One compiled sampler; `folder` says whose architecture and tokenizer."""
         model, _, processor = self.load(folder)
         return make_sampler(
@@ -68,8 +70,8 @@ class Lab:
             max_new_tokens=max_new_tokens,
             eos_ids=processor.stop_ids,
             pad_id=processor.pad_id,
-            temperature=0.0 if greedy else self.temperature,
-            top_p=1.0 if greedy else self.top_p,
+            temperature=temperature,
+            top_p=self.top_p if temperature else 1.0,
         )
 
     def stream(self, name: str) -> int:
@@ -99,12 +101,14 @@ class Lab:
           greedy: temperature 0.
           title: for the progress bar; default the file's name.
         """
-        new = self.lengths.feedback if kind == "critique" else self.lengths.answer
+        critique = kind == "critique"
+        new = self.lengths.feedback if critique else self.lengths.answer
+        temperature = self.feedback_temperature if critique else self.temperature
         return respond(
             path,
             prompts,
             params=params,
-            sampler=self.sampler(base, new, greedy),
+            sampler=self.sampler(base, new, 0.0 if greedy else temperature),
             processor=self.load(base)[2],
             prompt_length=getattr(self.lengths, f"{kind}_prompt"),
             batch_rows=self.batch_rows,

@@ -69,7 +69,7 @@ def respond(
                 except InvalidRow as error:
                     logger.debug("prompt %d gets no response: %s", index, error)
                     dropped += 1
-            texts = _sample(encoded, [seeds[i] for i in rows], params, sampler, processor,
+            texts = _sample(encoded, [int(seeds[i]) for i in rows], params, sampler, processor,
                             prompt_length, batch_rows) if rows else []  # fmt: skip
             found = dict(zip(rows, texts, strict=True))
             for index in range(start, stop):

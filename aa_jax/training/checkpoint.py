@@ -125,7 +125,12 @@ class Checkpointer:
         self._scores[step] = body["metrics"].get(self._keep_best or "")
 
     def restore(
-        self, abstract_state: Any, *, step: int | None = None, partial: bool = False
+        self,
+        abstract_state: Any,
+        *,
+        step: int | None = None,
+        partial: bool = False,
+        check: Callable[[dict[str, Any]], None] | None = None,
     ) -> tuple[Any, Any, dict[str, Any]] | None:
         """Reads the newest checkpoint that is whole.
 
@@ -135,6 +140,7 @@ class Checkpointer:
             saved values already (frozen parameters), and not read.
           step: This checkpoint instead of the newest; no falling back.
           partial: Read only what `abstract_state` names, e.g. {"params": ...}.
+          check: Called with the checkpoint's meta before its arrays are looked at; may raise.
 
         Returns:
           (state, data_state, meta), or None if there is no checkpoint.
@@ -150,7 +156,7 @@ class Checkpointer:
         failures: dict[int, Exception] = {}
         for candidate in reversed(steps if step is None else [step]):
             try:
-                found = self._read(candidate, abstract_state, partial)
+                found = self._read(candidate, abstract_state, partial, check)
             except _Damaged as error:
                 log.error("checkpoint %s/%s is damaged: %s", self.folder, candidate, error)
                 failures[candidate] = error
@@ -203,8 +209,11 @@ class Checkpointer:
 
     # ------------------------------------------------------------------ details
 
-    def _read(self, step: int, abstract_state: Any, partial: bool) -> tuple:
+    def _read(self, step: int, abstract_state: Any, partial: bool, check: Callable | None) -> tuple:
         record = self._record(step)
+        meta = from_json(record["meta"])
+        if check is not None:
+            check(meta)
         wanted = _named(abstract_state)
         self._check_leaves(step, record["leaves"], wanted, partial)
         arrays = {name: x for name, x in wanted.items() if isinstance(x, jax.Array)}
@@ -226,7 +235,7 @@ class Checkpointer:
         state = jax.tree.unflatten(treedef, [arrays[name] for name in wanted])
         data = record["data"]
         index = jax.process_index() if jax.process_count() == len(data) else 0
-        return state, from_json(data[index]), from_json(record["meta"])
+        return state, from_json(data[index]), meta
 
     def _record(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(record=ocp.args.JsonRestore())

@@ -98,19 +98,23 @@ def fit(
         )
         run = _Run()
         if saver.steps():
+
+            def check(meta: dict[str, Any]) -> None:
+                check_fingerprint(meta["config"], config or {}, may_differ)
+
             wanted = _release(state, step, roles)
-            state, data_state, meta = saver.restore(wanted)
-            check_fingerprint(meta["config"], config or {}, may_differ)
+            state, data_state, meta = saver.restore(wanted, check=check)
             run = _Run(**meta["run"])
             if run.step >= total_steps or _data_ended(folder) == run.step:
                 log.info("%s: already done, %d steps", stage, run.step)
                 return state
             batches.set_state(data_state)
             log.info("%s: continuing from step %d of %d", stage, run.step, total_steps)
+        roles = jax.device_put(dict(roles or {}), step.role_shardings(roles or {}))
         if writer is None:
             writer = stack.enter_context(MetricWriter(workdir, stage))
         writer.rewind(run.step)
-        stop = stack.enter_context(_stop_signals(stage))
+        stop = stack.enter_context(_StopSignals(stage))
         shown = None if jax.process_index() == 0 else False
         progress = stack.enter_context(Progress(stage, total_steps, run.step, enabled=shown))
         saved, in_flight = run.step if saver.steps() else -1, None
@@ -151,7 +155,7 @@ def fit(
             batch, tokens = _prepare(batch, step, run)
             run.data_seconds += time.perf_counter() - began
             with jax.transfer_guard("disallow"):
-                state, metrics = step(state, batch, **roles or {})
+                state, metrics = step(state, batch, **roles)
             settle()  # the previous step, so that the device is never idle while the host reads
             run.step += 1
             in_flight = (run.step, metrics, tokens)
@@ -262,13 +266,13 @@ class _Run:
         return out
 
 
-class _stop_signals:  # noqa: N801 (used as a context manager function)
+class _StopSignals:
     """Notes SIGTERM and SIGINT instead of dying in the middle of a step."""
 
     def __init__(self, stage: str):
         self._stage, self._received, self._before = stage, None, {}
 
-    def __enter__(self) -> "_stop_signals":
+    def __enter__(self) -> "_StopSignals":
         # Signals reach only the main thread; with several hosts the coordinator spreads SIGTERM.
         if threading.current_thread() is threading.main_thread():
             wanted = [signal.SIGINT, signal.SIGTERM][: 2 if jax.process_count() == 1 else 1]

@@ -1,5 +1,6 @@
 """One optimizer update as one jitted function, exact whatever the micro-batches and devices."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -104,6 +105,16 @@ class Step:
         with jax.set_mesh(self.mesh):
             return function.lower(moving, held, dict(batch), roles)
 
+    def role_shardings(self, roles: Any) -> Any:
+        """Where the arrays of roles lie; those from elsewhere go to every device."""
+
+        def place(x: Any) -> NamedSharding:
+            sharding = getattr(x, "sharding", None)
+            on_mesh = isinstance(sharding, NamedSharding) and sharding.mesh == self.mesh
+            return sharding if on_mesh else NamedSharding(self.mesh, P())
+
+        return jax.tree.map(place, roles)
+
     def _prepare(self, state: TrainState, batch: Mapping[str, Any], roles: Any) -> tuple:
         if self._frozen_paths is None:
             self._frozen_paths = frozen_paths(state["params"], self.frozen)
@@ -113,11 +124,13 @@ class Step:
         if key not in self._jitted:
             self._check_state(moving)
             places = jax.tree.map(lambda x: x.sharding, (moving, held))
-            role_places = jax.tree.map(lambda x: _place(x, self.mesh), roles)
-            inputs = (*places, batch_shardings(batch, self.mesh), role_places)
+            inputs = (*places, batch_shardings(batch, self.mesh), self.role_shardings(roles))
             outputs = (places[0], NamedSharding(self.mesh, P()))
             self._jitted[key] = jax.jit(
-                self._update, in_shardings=inputs, out_shardings=outputs, donate_argnums=0
+                functools.partial(self._update, places[0]["params"]),
+                in_shardings=inputs,
+                out_shardings=outputs,
+                donate_argnums=0,
             )
         if rows(batch) % self.rows_multiple:
             raise DataError(
@@ -137,10 +150,12 @@ class Step:
 
     # ------------------------------------------------------------------ inside jit
 
-    def _update(self, moving: TrainState, held: Params, batch: Any, roles: Any) -> tuple:
+    def _update(
+        self, places: Any, moving: TrainState, held: Params, batch: Any, roles: Any
+    ) -> tuple:
         params, opt_state = moving["params"], moving["opt_state"]
         key = jax.random.fold_in(jax.random.wrap_key_data(moving["rng"]), moving["step"])
-        grads, metrics, gap = self._gradients(params, held, batch, roles, key)
+        grads, metrics, gap = self._gradients(params, places, held, batch, roles, key)
         norm = optax.tree.norm(grads)
         loss = sum(term.mean for term in _terms(metrics["loss"]))
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
@@ -170,7 +185,7 @@ class Step:
         return moving, metrics | extra
 
     def _gradients(
-        self, params: Params, held: Params, batch: Any, roles: Any, key: jax.Array
+        self, params: Params, places: Any, held: Params, batch: Any, roles: Any, key: jax.Array
     ) -> tuple[Any, dict[str, Any], jax.Array]:
         """(float32 gradients of the loss over the whole batch, summed metrics, loss gap)."""
 
@@ -194,8 +209,12 @@ class Step:
             pairs = zip(terms, counts, strict=True)
             return sum(Ratio(term.total, count).mean for term, count in pairs), (metrics, gap)
 
+        def widen(grads: Any) -> Any:
+            # Pinned to where the parameters lie: no device holds all of them, even for a moment.
+            grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+            return jax.lax.with_sharding_constraint(grads, places)
+
         gradients = jax.grad(loss_share, has_aux=True)
-        widen = lambda tree: jax.tree.map(lambda g: g.astype(jnp.float32), tree)  # noqa: E731
         if self.accumulation == 1:
             grads, (metrics, gap) = gradients(params, batch, jnp.int32(0), None)
             return widen(grads), metrics, gap
@@ -215,7 +234,7 @@ class Step:
             grads, aux = gradients(params, restore(xs[0]), xs[1], counts)
             return jax.tree.map(jnp.add, total, widen(grads)), aux
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        zeros = widen(jax.tree.map(jnp.zeros_like, params))
         grads, (metrics, gaps) = jax.lax.scan(add_micro, zeros, (micros, indices))
         return grads, jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics), jnp.max(gaps)
 
@@ -253,10 +272,3 @@ def _as_ratios(loss: jax.Array, metrics: Mapping[str, Any], accumulation: int) -
         return Ratio(jnp.asarray(total, jnp.float32), jnp.asarray(count, jnp.float32))
 
     return {name: ratio(value) for name, value in {"loss": loss, **metrics}.items()}
-
-
-def _place(x: Any, mesh: Mesh) -> NamedSharding:
-    """Where a role's array lies; arrays from elsewhere are copied to every device."""
-    sharding = getattr(x, "sharding", None)
-    on_mesh = isinstance(sharding, NamedSharding) and sharding.mesh == mesh
-    return sharding if on_mesh else NamedSharding(mesh, P())

@@ -29,11 +29,11 @@ def get_config() -> ConfigDict:
             "split": "train",
             "limits": {"max_length": 2048},
         },
+        "objective": {"beta": 0.1},
+        "optim": {"lr": 1e-6, "schedule": "cosine", "warmup_ratio": 0.03},
         "train": {
             "epochs": 2, "batch_rows": 32, "accumulation": 1,
             "frozen": ("vision_tower/*",),
-            "objective": {"beta": 0.1},
-            "optim": {"lr": 1e-6, "schedule": "cosine", "warmup_ratio": 0.03},
             "checkpoint_every": 500,
             "log_every": 10,
         },

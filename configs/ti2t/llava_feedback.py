@@ -29,10 +29,10 @@ def get_config() -> ConfigDict:
             "split": "train",
             "limits": {"max_length": 4096},
         },
+        "optim": {"lr": 1e-6, "schedule": "cosine", "warmup_ratio": 0.03},
         "train": {
             "epochs": 3, "batch_rows": 32, "accumulation": 1,
             "frozen": ("vision_tower/*",),
-            "optim": {"lr": 1e-6, "schedule": "cosine", "warmup_ratio": 0.03},
             "checkpoint_every": 500,
             "log_every": 10,
         },

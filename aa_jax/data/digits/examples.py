@@ -115,7 +115,7 @@ def sample_scene(
     return labels, Scene(sources, shifts, max_digits)
 
 
-class Examples(abc.ABC):
+class Examples(Sequence):
     """A sequence of examples made on access; ``len``, indexing and iteration."""
 
     stream: int  # keeps the random streams of different kinds of sets apart, whatever their seeds
