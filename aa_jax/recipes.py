@@ -6,7 +6,6 @@ objective.
 """
 
 import dataclasses
-import functools
 import hashlib
 import logging
 import time
@@ -153,7 +152,6 @@ def train(
         shapes = _packed_shapes(data.sizes, shapes, pack_length)
         groups = pack(data.sizes, shapes, seed=seed)
     roles: dict[str, Any] = {}
-    extras: tuple[str, ...] = ()
     if row.score_head:
         head = heads.init_score_head(model, jax.random.key(seed))
         params = {"model": dict(params), "score_head": head}
@@ -162,17 +160,11 @@ def train(
     else:
         axes = model.axes()
     places = shardings(axes, jax.eval_shape(lambda: params), mesh)
+    form = _form(shapes, layout, processor)
     if row.reference:
-        form = functools.partial(
-            collate, shapes=shapes, layout=layout, pad_id=processor.pad_id
-        )
-        values = reference_logps(
-            model, params, data, form, batch_rows, mesh, cache=reference_cache
-        )
-        data, extras = WithColumn(data, "ref_logps", values), ("ref_logps",)
-    form = functools.partial(
-        collate, shapes=shapes, layout=layout, pad_id=processor.pad_id, extras=extras
-    )
+        values = reference_logps(model, params, data, form, batch_rows, mesh, cache=reference_cache)
+        data = WithColumn(data, "ref_logps", values)
+        form = _form(shapes, layout, processor, "ref_logps")
     loader = Loader(
         data, form, batch_rows, epochs=None if steps else epochs, seed=seed, groups=groups
     )
@@ -222,6 +214,22 @@ def _packed_shapes(sizes: Sequence[Sizes], single: Shapes, length: int) -> Shape
         response_length=max(single.response_length, int(np.ceil(share * slots))),
         images=max(single.images, int(np.ceil(share * np.mean([s.images for s in sizes])))),
     )
+
+
+def _form(shapes: Shapes, layout: str, processor: Processor, *extras: str) -> Callable:
+    """`(items, batch_rows) -> batch`; a pair's extras are split where its rows are."""
+
+    def form(items: Sequence, batch_rows: int) -> dict[str, Any]:
+        batch = collate(
+            items, shapes, layout, batch_rows=batch_rows, pad_id=processor.pad_id, extras=extras
+        )
+        if layout == "preference_rows":
+            for name in extras:  # every row carries (chosen, rejected); it is one of the two
+                rows = np.arange(len(batch[name]))
+                batch[name] = batch[name][rows, rows % 2][:, None]
+        return batch
+
+    return form
 
 
 def _encode(examples: Any, processor: Processor, limits: Limits) -> Any:
@@ -308,13 +316,11 @@ def _evaluation(
     mesh: jax.sharding.Mesh,
 ) -> Callable[[Mapping[str, Any], int], dict[str, float]]:
     """The objective's figures over held-out data, summed exactly over all its batches."""
-    form = functools.partial(
-        collate, shapes=data.shapes(layout), layout=layout, pad_id=processor.pad_id
-    )
+    form = _form(data.shapes(layout), layout, processor)
     if row.reference:
         values = reference_logps(model, params, data, form, batch_rows, mesh)
         data = WithColumn(data, "ref_logps", values)
-        form = functools.partial(form, extras=("ref_logps",))
+        form = _form(data.shapes(layout), layout, processor, "ref_logps")
     loss = jax.jit(row.objective(model, **(objective or {})))
 
     def evaluate(state: Mapping[str, Any], step: int) -> dict[str, float]:

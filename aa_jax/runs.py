@@ -99,8 +99,8 @@ def run(
         held_out = load_dataset(row.task, processor, **{**data, **eval_data})
     final, figures = recipes.train(
         recipe, model=built, params=params, processor=processor, examples=examples,
-        eval_examples=held_out, workdir=workdir, mesh=devices, seed=seed, config=config, optim=optim,
-        objective=objective, **(train or {}),
+        eval_examples=held_out, workdir=workdir, mesh=devices, seed=seed, config=config,
+        optim=optim, objective=objective, **(train or {}),
     )  # fmt: skip
     if row.score_head:
         heads.save(workdir / "model", built, final, extra_files_from=path, overwrite=True)

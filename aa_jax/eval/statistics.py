@@ -70,9 +70,7 @@ def paired_difference(
     first: Float[np.ndarray, " N"], second: Float[np.ndarray, " N"], **kwargs
 ) -> Interval:
     """Mean of `first - second` over the same prompts; an interval without 0 is a difference."""
-    return bootstrap_mean(
-        np.asarray(first, np.float64) - np.asarray(second, np.float64), **kwargs
-    )
+    return bootstrap_mean(np.asarray(first, np.float64) - np.asarray(second, np.float64), **kwargs)
 
 
 def across_seeds(per_seed: Sequence[Float[np.ndarray, " N"]], **kwargs) -> Interval:

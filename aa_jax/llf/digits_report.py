@@ -174,12 +174,18 @@ def labels(result: Mapping[str, Any]) -> dict[str, str]:
         found[name] = label
         if name == "llf":
             found |= {
-                other: f"DPO + LLF, {other.removeprefix('llf_')} % of the feedback"
+                other: _arm_label(other.removeprefix("llf_"))
                 for other in result
                 if other.startswith("llf_") and not other.endswith("_greedy")
                 and not other.startswith(_DIRECT)
             }  # fmt: skip
     return found
+
+
+def _arm_label(name: str) -> str:
+    if name == "verified":
+        return "DPO + LLF, pairs the feedback model confirms"
+    return f"DPO + LLF, {name} % of the feedback"
 
 
 def direct_comparison(result: Mapping[str, Any]) -> str:

@@ -12,7 +12,8 @@ from aa_jax.eval.statistics import paired_difference, win_rate
 from aa_jax.llf import digits_world as world
 from aa_jax.llf import pipeline
 from aa_jax.llf.lab import Lab, Lengths
-from aa_jax.llf.prompts import Lazy
+from aa_jax.llf.prompts import Lazy, critique_prompts
+from aa_jax.llf.respond import read_lines
 from aa_jax.llf.stages import Stage, run_stages, summary, write_json
 from aa_jax.llf.start import pretrain_tower
 from aa_jax.sharding.mesh import make_mesh
@@ -49,6 +50,7 @@ def run(
     validation_prompts: int = 512,
     test_prompts: int = 1024,
     shares: Sequence[float] = (),
+    verify: bool = False,
     stage: str | None = None,
 ) -> dict[str, dict]:
     """Runs (or continues) the pipeline; every argument is a section or key of the config.
@@ -79,6 +81,7 @@ def run(
       test_prompts: held-out prompts, answered once.
       shares: further feedback models trained on these shares of the language feedback, with as
         many updates as the full one, each with its pairs and DPO arm (Figure 5 of the paper).
+      verify: one more arm, of the pairs whose y* the feedback model finds less wrong than y.
       stage: run just this stage.
 
     Returns:
@@ -132,9 +135,7 @@ def run(
         answers = pretrain_examples - revisions
         clean = shown_examples("clean", answers, mix={"answer": 1.0}, flaws=NO_FLAWS)
         told = shown_examples("told", revisions, mix={"revise": 1.0}, follow=1.0)
-        both = Lazy(
-            pretrain_examples, lambda i: clean[i] if i < answers else told[i - answers]
-        )
+        both = Lazy(pretrain_examples, lambda i: clean[i] if i < answers else told[i - answers])
         return learn(folder, "tower", both, pretrain or {})
 
     def sft_stage(folder: Path) -> dict:
@@ -171,18 +172,35 @@ def run(
         said, refined = pipeline.self_improve(
             folder, lab, prompts, first, base=base, feedback_model=critic
         )
-        made, counts = pipeline.make_pairs(folder, prompts, first, refined, pairs)
+        made, counts = pipeline.make_pairs(folder / "pairs.parquet", prompts, first, refined, pairs)
         return {
             **counts,
             "truly": world.pair_truth(feedback_records, made),
             "feedback": world.feedback_quality(feedback_records, first, said),
         }
 
+    def verify_stage(folder: Path) -> dict:
+        prompts = world.prompt_examples(feedback_records)
+        first, said, refined = (
+            read_lines(workdir / "improve" / f"{name}.jsonl")
+            for name in ("response", "critique", "refine")
+        )
+        again = lab.answer(
+            folder / "critique.jsonl", critique_prompts(prompts, refined, lab.wording),
+            kind="critique", params=lab.load(feedback_model)[1], base=base,
+        )  # fmt: skip
+        before, after = ([world.complaints(c["text"]) for c in part] for part in (said, again))
+        made, counts = pipeline.make_pairs(
+            folder / "pairs.parquet", prompts, first, refined, pairs,
+            keep=lambda i: after[i] < before[i],
+        )  # fmt: skip
+        return {**counts, "truly": world.pair_truth(feedback_records, made)}
+
     def dpo_stage(folder: Path) -> dict:
         table = world.read_scores(workdir / "sft/validation_scores.json")
         return pipeline.train_arms(
-            folder, lab, base=base, arms=arms(workdir, shares), baseline=table, records=validation,
-            prompts=world.prompt_examples(validation), **(dpo or {}),
+            folder, lab, base=base, arms=arms(workdir, shares, verify), baseline=table,
+            records=validation, prompts=world.prompt_examples(validation), **(dpo or {}),
         )  # fmt: skip
 
     def evaluate_stage(folder: Path) -> dict:
@@ -200,6 +218,15 @@ def run(
         Stage("collect", "annotators compare and criticise its answers", collect_stage, ("sft",)),
         Stage("feedback", "feedback model: SFT on critiques", feedback_stage, ("collect",)),
         Stage("improve", "self-improvement: y, critique, y*", improve_stage, ("feedback",)),
+        *(
+            [
+                Stage(
+                    "verify", "the feedback model criticises y* as well", verify_stage, ("improve",)
+                )
+            ]
+            if verify
+            else []
+        ),
         *(
             made
             for share in shares
@@ -241,12 +268,14 @@ def default_lengths(max_digits: int) -> dict[str, int]:
     }
 
 
-def arms(workdir: Path, shares: Sequence[float] = ()) -> dict[str, Sequence]:
+def arms(workdir: Path, shares: Sequence[float] = (), verify: bool = False) -> dict[str, Sequence]:
     """The preference examples of each DPO arm, read through the real dataset's templates."""
     files = {
         "binary": ("AA_TI2T", "collect/preferences.parquet"),
         "llf": ("AA_TI2T_LLF", "improve/pairs.parquet"),
     }
+    if verify:
+        files["llf_verified"] = ("AA_TI2T_LLF", "verify/pairs.parquet")
     for name in map(percent, shares):
         files[f"llf_{name}"] = ("AA_TI2T_LLF", f"improve_{name}/pairs.parquet")
     result = {}
@@ -299,4 +328,3 @@ def evaluate(folder: Path, lab: Lab, test: Sequence, base: str, feedback_model: 
             "win_rate": list(win_rate(first, second)),
         }
     return result
-

@@ -114,6 +114,11 @@ def feedback_quality(
     return {name: float(np.mean(values)) for name, values in counts.items()}
 
 
+def complaints(feedback: str) -> int:
+    """How many things a piece of feedback asks to change."""
+    return len(digits.parse_feedback(feedback).actions)
+
+
 def pair_truth(records: Sequence, pairs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Share of LLF pairs whose y* is truly better, tied or worse than y."""
     truth = [

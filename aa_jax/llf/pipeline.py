@@ -9,7 +9,7 @@ on validation prompts, and test prompts are answered once.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +101,31 @@ def self_improve(
 
 
 def make_pairs(
-    folder: Path,
+    path: Path,
     prompts: Sequence[Example],
     answers: Sequence[Mapping[str, Any]],
     refined: Sequence[Mapping[str, Any]],
     limit: int | None,
+    keep: Callable[[int], bool] = lambda index: True,
 ) -> tuple[list[dict], dict[str, int]]:
-    """Forms the pairs y* ≻ y and writes `pairs.parquet` (template AA_TI2T_LLF reads it)."""
+    """Forms the pairs y* ≻ y and writes them as parquet (template AA_TI2T_LLF reads it).
+
+    Args:
+      path: the file.
+      prompts: x.
+      answers: y.
+      refined: y*.
+      limit: pairs to use at most.
+      keep: says of a prompt's index whether its pair may be used.
+
+    Returns:
+      The pairs used, and counts of what was kept and dropped.
+    """
     pairs, counts = form_pairs(answers, refined)
-    pairs = pairs[:limit]
-    write_pairs(folder / "pairs.parquet", pairs, prompts)
+    wanted = [pair for pair in pairs if keep(pair["index"])]
+    counts["unwanted"] = len(pairs) - len(wanted)
+    pairs = wanted[:limit]
+    write_pairs(path, pairs, prompts)
     return pairs, {**counts, "used": len(pairs)}
 
 

@@ -71,8 +71,9 @@ def summarise(folders: Sequence[Path]) -> dict[str, Any]:
         for suffix in ("", "_greedy"):
             pairs[f"{arm} - binary{suffix}"] = {
                 "mean": over(
-                    lambda f, a=arm, s=suffix: table(f, a + s)["mean"]
-                    - table(f, "binary" + s)["mean"]
+                    lambda f, a=arm, s=suffix: (
+                        table(f, a + s)["mean"] - table(f, "binary" + s)["mean"]
+                    )
                 ),
                 "win_rate": over(
                     lambda f, a=arm, s=suffix: wins(

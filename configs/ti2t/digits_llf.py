@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
         },
         "dpo": {
             "frozen": ("vision_tower/*",),
-            "lrs": (1e-4, 3e-4),
+            "lrs": (3e-5, 1e-4, 3e-4),
             "batch_rows": 64,
             "epochs": 2,
             "optim": {"schedule": "cosine"},

@@ -1,9 +1,10 @@
 """DPO of LLaVA-1.5-7B on preference pairs (text + image -> text), the paper's settings.
 
 Command:  python launch/train.py --config configs/ti2t/llava_dpo.py \\
-              --config.model.path=/ckpt/llava-1.5-7b-hf --config.data.path=PKU-Alignment/align-anything \\
+              --config.model.path=/ckpt/llava-1.5-7b-hf \\
+              --config.data.path=PKU-Alignment/align-anything \\
               --workdir runs/llava_dpo
-Hardware: eight accelerators with 80 GB each (fsdp=8); the same file runs a small checkpoint on a CPU.
+Hardware: eight accelerators with 80 GB each (fsdp=8); a small checkpoint runs on a CPU.
 Time:     not measured on that hardware.
 Expected: accuracy on held-out pairs rises above one half.
 """

@@ -1,9 +1,10 @@
 """Feedback modelling with LLaVA-1.5-7B: (x, y) -> critique + refinement (paper, Table 7).
 
 Command:  python launch/train.py --config configs/ti2t/llava_feedback.py \\
-              --config.model.path=/ckpt/llava-1.5-7b-hf --config.data.path=PKU-Alignment/align-anything \\
+              --config.model.path=/ckpt/llava-1.5-7b-hf \\
+              --config.data.path=PKU-Alignment/align-anything \\
               --workdir runs/llava_feedback
-Hardware: eight accelerators with 80 GB each (fsdp=8); the same file runs a small checkpoint on a CPU.
+Hardware: eight accelerators with 80 GB each (fsdp=8); a small checkpoint runs on a CPU.
 Time:     not measured on that hardware.
 Expected: the held-out loss falls.
 """

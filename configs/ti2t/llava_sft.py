@@ -1,9 +1,10 @@
 """Supervised fine-tuning of LLaVA-1.5-7B on image instructions (text + image -> text).
 
 Command:  python launch/train.py --config configs/ti2t/llava_sft.py \\
-              --config.model.path=/ckpt/llava-1.5-7b-hf --config.data.path=PKU-Alignment/Align-Anything-TI2T-Instruction-100K \\
+              --config.model.path=/ckpt/llava-1.5-7b-hf \\
+              --config.data.path=PKU-Alignment/Align-Anything-TI2T-Instruction-100K \\
               --workdir runs/llava_sft
-Hardware: eight accelerators with 80 GB each (fsdp=8); the same file runs a small checkpoint on a CPU.
+Hardware: eight accelerators with 80 GB each (fsdp=8); a small checkpoint runs on a CPU.
 Time:     not measured on that hardware.
 Expected: the held-out loss falls.
 """

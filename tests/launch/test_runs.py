@@ -1,4 +1,4 @@
-"""What `launch/train.py` does, on a real checkpoint folder and a parquet file in the real schema."""
+"""What `launch/train.py` does, on a real checkpoint folder and parquet in the real schema."""
 
 import importlib.util
 import json
@@ -97,7 +97,7 @@ def test_a_second_start_continues_and_changes_nothing(checkpoint, preferences, t
         ({"objective": {"beta": -1.0}}, AaJaxError, ["beta"]),
         ({"optim": {"lr": None}}, ConfigError, ["lr"]),
         ({"data": {"template": "AA_TI2"}}, DataError, ["AA_TI2", "AA_TI2T"]),
-        ({"data": {"limits": {"max_length": 12}}}, DataError, ["12"]),
+        ({"data": {"limits": {"max_length": 12}}}, DataError, ["22 tokens", "max_length"]),
         ({"data": {"path": "/nowhere/x.parquet"}}, DataError, ["/nowhere/x.parquet"]),
         ({"model": {"path": "/nowhere/model"}}, CheckpointError, ["/nowhere/model"]),
     ],
