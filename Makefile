@@ -12,11 +12,11 @@ $(BIN)/python:
 
 # The stamps carry the dependency lists, so an edited pyproject.toml installs again.
 $(VENV)/.installed: $(BIN)/python pyproject.toml setup.py
-	$(BIN)/python -m pip install --quiet -e .
+	$(BIN)/python -m pip install --quiet --quiet -e .
 	touch $@
 
 $(VENV)/.installed-test: $(BIN)/python pyproject.toml setup.py
-	$(BIN)/python -m pip install --quiet -e '.[test]'
+	$(BIN)/python -m pip install --quiet --quiet -e '.[test]'
 	touch $@ $(VENV)/.installed
 
 quickstart: $(VENV)/.installed  ## learn from language feedback on the digits world, then open the report

@@ -113,7 +113,9 @@ def _start_logging() -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S"
     )
-    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax narrates every file at INFO
+    # orbax narrates every file and jax every backend it does not find at INFO.
+    for name in ("absl", "jax._src.xla_bridge", "datasets"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _show_error(message: str) -> None:

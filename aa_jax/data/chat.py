@@ -78,6 +78,8 @@ class ChatTemplate:
         turns = [{"role": m.role, "content": content(m, where)} for m in messages]
         try:
             return self._apply(turns, generation_prompt)
+        except ImportError:
+            raise
         except Exception as error:  # Jinja's errors, and whatever raise_exception() was given
             raise DataError(
                 f"{where or 'A conversation'}: the chat template of this checkpoint refuses the "
@@ -99,6 +101,8 @@ class ChatTemplate:
         def shown(content: Any) -> bool:
             try:
                 text = self._apply([{"role": "user", "content": content}], True)
+            except ImportError:  # no template engine: that is not the template's fault
+                raise
             except Exception:  # a template made for the other form fails in its own way
                 return False
             return _PROBE in text and "'type'" not in text

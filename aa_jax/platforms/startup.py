@@ -62,6 +62,8 @@ def start(
         for name, value in platform.environment.items():
             if _OLD_NAMES.get(name, name) not in os.environ:
                 os.environ.setdefault(name, value)
+    # transformers advises to install torch; nothing here uses its models.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if memory_fraction is not None:
         if not 0.0 < memory_fraction <= 1.0:
             raise ConfigError(f"memory_fraction must be in (0, 1], got {memory_fraction}")
