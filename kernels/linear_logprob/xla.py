@@ -75,7 +75,9 @@ def _fwd(hidden, head, bias, targets, mask, order, spec):
     skip = _always if order is None else _if_any
 
     def block(carry, x):
-        return carry, skip(x[2], lambda: _forward_block(*x, weight, bias, spec))
+        nothing = jnp.zeros(x[1].shape, jnp.float32)
+        nothing = nothing, nothing if spec.need_entropy else None, nothing
+        return carry, skip(x[2], lambda: _forward_block(*x, weight, bias, spec), nothing)
 
     cut, join = _cutter(targets.shape[0], spec.chunk, order)
     _, outs = _scan(block, None, (cut(hidden), cut(targets), cut(mask)))
@@ -89,8 +91,11 @@ def _bwd(spec, residuals, cotangents):
     skip = _always if order is None else _if_any
 
     def block(carry, x):
-        dhidden, dweight, dbias = skip(x[2], lambda: _backward_block(*x, weight, bias, spec))
-        return (carry[0] + dweight, None if bias is None else carry[1] + dbias), dhidden
+        def compute():
+            dhidden, dweight, dbias = _backward_block(*x, weight, bias, spec)
+            return (carry[0] + dweight, None if bias is None else carry[1] + dbias), dhidden
+
+        return skip(x[2], compute, (carry, jnp.zeros_like(x[0])))
 
     cut, join = _cutter(targets.shape[0], spec.chunk, order)
     xs = hidden, targets, mask, entropy, lse, *cotangents
@@ -160,14 +165,13 @@ def _finite(x):
     return jnp.maximum(x, jnp.finfo(jnp.float32).min)
 
 
-def _always(mask, compute):
+def _always(mask, compute, otherwise):
     return compute()
 
 
-def _if_any(mask, compute):
-    """``compute()``, or zeros of the same shapes without computing when nothing counts."""
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(compute))
-    return jax.lax.cond(mask.any(), compute, lambda: zeros)
+def _if_any(mask, compute, otherwise):
+    """``compute()``, or what stands for it when nothing in the block counts."""
+    return jax.lax.cond(mask.any(), compute, lambda: otherwise)
 
 
 def _scan(block, carry, xs):
