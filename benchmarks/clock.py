@@ -1,6 +1,7 @@
 """The clock of the benchmarks: sides in turn, ratios round by round, and where it was measured."""
 
 import contextlib
+import ctypes
 import datetime
 import functools
 import importlib.metadata
@@ -83,6 +84,21 @@ def show(title: str, measured: dict) -> None:
               f"{measured['first_call_seconds'][side]:>10.2f} s")  # fmt: skip
     for name, ratio in measured["ratio"].items():
         print(f"  {name}: {ratio['median']:.2f}x  ({ratio['min']:.2f} - {ratio['max']:.2f})")
+
+
+def keep_memory() -> bool:
+    """Lets the C library keep freed memory instead of handing it back to the system, for every
+    library in the process; False where it cannot be told.
+
+    glibc maps large arrays afresh each time, and the page faults can take longer than the
+    arithmetic: torch on a CPU is usually run with this or with another allocator.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    return all(mallopt(name, 2**31 - 1) == 1 for name in (trim_threshold, mmap_threshold))
 
 
 @functools.cache

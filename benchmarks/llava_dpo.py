@@ -25,7 +25,7 @@ import llava_torch as other
 import numpy as np
 import torch
 import transformers
-from clock import cores, environment, measure, show, timed
+from clock import cores, environment, keep_memory, measure, show, timed
 
 from aa_jax import models, objectives, platforms
 from aa_jax.data import digits
@@ -319,6 +319,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pool", type=int, default=512, help="examples our shapes must hold")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="relative, between the sides")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--allocator", choices=("keep", "system"), default="keep",
+                        help="keep freed memory in the process, or as the system does")  # fmt: skip
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     fields = [field.name for field in dataclasses.fields(Size)]
     for name in fields:
@@ -337,7 +339,8 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    facts = environment()
+    kept = options.allocator == "keep" and keep_memory()
+    facts = environment() | {"freed memory": "kept in the process" if kept else "as the system does"}
     print("\n".join(f"{key}: {value}" for key, value in facts.items()))
     results = {}
     for name in names:
