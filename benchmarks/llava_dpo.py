@@ -340,7 +340,8 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     kept = options.allocator == "keep" and keep_memory()
-    facts = environment() | {"freed memory": "kept in the process" if kept else "as the system does"}
+    freed = "kept in the process" if kept else "as the system has it"
+    facts = environment() | {"freed memory": freed}
     print("\n".join(f"{key}: {value}" for key, value in facts.items()))
     results = {}
     for name in names:
