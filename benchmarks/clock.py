@@ -93,12 +93,12 @@ def keep_memory() -> bool:
     glibc maps large arrays afresh each time, and the page faults can take longer than the
     arithmetic: torch on a CPU is usually run with this or with another allocator.
     """
-    trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
+    settings = {-1: -1, -4: 0}  # malloc.h: M_TRIM_THRESHOLD never, M_MMAP_MAX none
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return False
-    return all(mallopt(name, 2**31 - 1) == 1 for name in (trim_threshold, mmap_threshold))
+    return all(mallopt(name, value) == 1 for name, value in settings.items())
 
 
 @functools.cache

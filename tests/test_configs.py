@@ -112,7 +112,7 @@ def test_one_train_step_of_llava_7b_has_a_shape(path):
 
 def test_the_llf_config_binds_to_the_pipeline():
     cfg = load(ROOT / "configs/ti2t/digits_llf.py")
-    config.bind(digits_run.run, cfg, path="config", workdir="/tmp/x")
+    config.bind(digits_run.run, cfg, path="config", workdir="run")
     values = config.resolve(cfg)
     for name in ("sft", "feedback"):
         assert set(values[name]) <= set(inspect.signature(recipes.train).parameters)
