@@ -42,6 +42,8 @@ class Lab:
       top_p: nucleus mass.
       wording: of the LLF prompts, see `aa_jax.data.llf_prompts`.
       dtype: compute type of the models.
+      remat: what the backward pass keeps, see `models.build`. Making a layer's activations again is
+        cheaper than moving them through memory on a CPU, and the usual choice elsewhere.
     """
 
     workdir: Path
@@ -54,11 +56,12 @@ class Lab:
     top_p: float = 1.0
     wording: Mapping[str, str] | None = None
     dtype: str = "float32"
+    remat: str = "full"
 
     @functools.lru_cache(maxsize=4)  # noqa: B019  one Lab lives as long as the process
     def load(self, folder: str) -> tuple[models.Model, dict, Processor]:
         """Model, parameters and processor of a checkpoint folder."""
-        model, params = models.load(folder, dtype=self.dtype)
+        model, params = models.load(folder, dtype=self.dtype, remat=self.remat)
         return model, params, Processor.from_pretrained(folder)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019

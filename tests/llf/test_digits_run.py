@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from aa_jax.data import digits
 from aa_jax.data.sources import open_source
+from aa_jax.errors import ConfigError
 from aa_jax.llf import digits_run
 
 ROOT = Path(__file__).parents[2]
@@ -58,16 +59,17 @@ def untrained_answers(monkeypatch):
 
 
 def test_every_stage_writes_what_the_next_one_reads(tmp_path, untrained_answers, capsys):
-    found = digits_run.run(tmp_path, mesh={"data": 1, "fsdp": -1}, **TINY)
-    assert list(found) == ["tower", "pretrain", "sft", "collect", "feedback", "improve", "dpo",
-                           "evaluate", "report"]  # fmt: skip
+    found = digits_run.run(tmp_path, mesh={"data": 1, "fsdp": -1}, variants=("likeliest",), **TINY)
+    assert list(found) == ["tower", "pretrain", "sft", "collect", "feedback", "improve",
+                           "likeliest", "dpo", "evaluate", "report"]  # fmt: skip
     rows = open_source(str(tmp_path / "collect/preferences.parquet"))
     assert set(digits.preference_columns()) <= set(rows[0])
     assert found["dpo"]["pairs"] <= 16
     counts = found["improve"]
     assert counts["kept"] + counts["identical"] + counts["empty"] + counts["cut"] == 48
     result = found["evaluate"]
-    for row in ("initial", "binary", "llf", "improved_trained", "improved_untrained"):
+    for row in ("initial", "binary", "llf", "llf_likeliest", "improved_trained",
+                "improved_untrained"):  # fmt: skip
         estimate, low, high = result[row]["win_rate"]
         assert 0 <= low <= estimate <= high <= 1
         scores = json.loads((tmp_path / f"evaluate/scores/{row}.json").read_text())
@@ -84,6 +86,12 @@ def test_every_stage_writes_what_the_next_one_reads(tmp_path, untrained_answers,
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
     digits_run.run(tmp_path, mesh={"data": 1, "fsdp": -1}, **TINY)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_an_unknown_variant_is_refused_before_anything_runs(tmp_path):
+    with pytest.raises(ConfigError, match="'sharper'.*there are verified, likeliest"):
+        digits_run.run(tmp_path / "run", variants=("likeliest", "sharper"), **TINY)
+    assert not (tmp_path / "run").exists()
 
 
 SCRIPT = """
