@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from aa_jax import config, models, recipes, runs
-from aa_jax.llf import digits_run
+from aa_jax import config, llf, models, recipes, runs
+from aa_jax.errors import ConfigError
+from aa_jax.llf.lab import Lab
 from aa_jax.llf.start import llava_config
 from aa_jax.models import heads
 from aa_jax.training.optim import make_optimizer
@@ -110,10 +111,27 @@ def test_one_train_step_of_llava_7b_has_a_shape(path):
     assert 7.0e9 < count < 7.1e9
 
 
-def test_the_llf_config_binds_to_the_pipeline():
-    cfg = load(ROOT / "configs/ti2t/digits_llf.py")
-    config.bind(digits_run.run, cfg, path="config", workdir="run")
+@pytest.mark.parametrize("name", ["digits_llf", "llava_llf"])
+def test_the_llf_configs_bind_to_their_pipelines(name):
+    run, cfg = llf.select(load(ROOT / f"configs/ti2t/{name}.py"))
+    config.bind(run, cfg, path="config", workdir="run")
     values = config.resolve(cfg)
-    for name in ("sft", "feedback"):
-        assert set(values[name]) <= set(inspect.signature(recipes.train).parameters)
-    assert set(values["model"]) <= set(inspect.signature(llava_config).parameters)
+    trains = set(inspect.signature(recipes.train).parameters)
+    for section in {"sft", "feedback"} & set(values):
+        assert set(values[section]) <= trains
+    assert set(values["dpo"]) - {"lrs"} <= trains
+    assert set(values["sampling"]) <= set(inspect.signature(Lab).parameters)
+    if name == "digits_llf":
+        assert set(values["model"]) <= set(inspect.signature(llava_config).parameters)
+    else:
+        accepted = set(inspect.signature(runs.load_dataset).parameters)
+        assert set(values["data"]) | set(values["prompts"]) <= accepted
+        build = set(inspect.signature(models.build).parameters)
+        assert set(values["model"]) - {"path"} <= build & set(inspect.signature(Lab).parameters)
+
+
+def test_an_unknown_pipeline_lists_those_there_are():
+    cfg = load(ROOT / "configs/ti2t/digits_llf.py")
+    cfg.pipeline = "digit"
+    with pytest.raises(ConfigError, match="'digit'.*digits, dataset"):
+        llf.select(cfg)

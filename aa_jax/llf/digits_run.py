@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from aa_jax import models
 from aa_jax.data import digits, sources, templates
 from aa_jax.data.digits import prompts as wording
 from aa_jax.errors import ConfigError
@@ -215,10 +216,20 @@ def run(
         return [read_lines(workdir / "improve" / f"{name}.jsonl") for name in names]
 
     def dpo_stage(folder: Path) -> dict:
-        table = world.read_scores(workdir / "sft/validation_scores.json")
+        baseline = world.read_scores(workdir / "sft/validation_scores.json")
+
+        def judge(cell: Path) -> dict:
+            params = models.load(str(cell / "model"), dtype=lab.dtype)[1]
+            prompts = world.prompt_examples(validation)
+            found = lab.answer(
+                cell / "validation.jsonl", prompts, kind="answer", params=params, base=base
+            )
+            line = world.summarise(world.scores(validation, found), baseline)
+            return {"mean": line["mean"].estimate, "win_rate": line["win_rate"].estimate}
+
         return pipeline.train_arms(
-            folder, lab, base=base, arms=arms(workdir, shares, variants), baseline=table,
-            records=validation, prompts=world.prompt_examples(validation), **(dpo or {}),
+            folder, lab, base=base, arms=arms(workdir, shares, variants), judge=judge, best="mean",
+            **(dpo or {}),
         )  # fmt: skip
 
     def evaluate_stage(folder: Path) -> dict:
@@ -282,7 +293,10 @@ def default_lengths(max_digits: int) -> dict[str, int]:
 def arms(
     workdir: Path, shares: Sequence[float] = (), variants: Sequence[str] = ()
 ) -> dict[str, Sequence]:
-    """The preference examples of each DPO arm, read through the real dataset's templates."""
+    """The preference examples of each DPO arm, read through the real dataset's templates.
+
+    All arms are cut to as many pairs as the smallest has.
+    """
     files = {
         "binary": ("AA_TI2T", "collect/preferences.parquet"),
         "llf": ("AA_TI2T_LLF", "improve/pairs.parquet"),
@@ -295,7 +309,8 @@ def arms(
     for arm, (template, file) in files.items():
         rows = sources.open_source(str(workdir / file))
         result[arm] = [templates.TEMPLATES[template].preference(row) for row in rows]
-    return result
+    count = min(map(len, result.values()))
+    return {arm: examples[:count] for arm, examples in result.items()}
 
 
 def evaluate(folder: Path, lab: Lab, test: Sequence, base: str, feedback_model: str) -> dict:

@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     base = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(base)
     config = base.get_config()
-    del config.seed
+    del config.pipeline, config.seed
     with config.unlocked():
         config.seeds = (0, 1, 2)
         config.shares = (0.25, 0.5)
