@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aa_jax.errors import ConfigError
+from aa_jax.sampling.draw import draw
 from aa_jax.sampling.filters import check_sampling, filter_logits
 
 
@@ -75,7 +76,7 @@ def make_sampler(
             logits = logits / temperature
             allowed = filter_logits(logits, top_k=top_k, top_p=top_p)
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
-            token = jax.vmap(jax.random.categorical)(keys, allowed)
+            token = draw(keys, allowed)
         else:
             token = jnp.argmax(logits, axis=-1)
         picked = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
