@@ -102,24 +102,26 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B D"],
         angles: Angles,
-        keys: Float[Array, "L B S K Dh"],
-        values: Float[Array, "L B S K Dh"],
+        keys: Float[Array, "L B K S Dh"],
+        values: Float[Array, "L B K S Dh"],
         layer: Int[Array, ""],
         length: Int[Array, "B"],
-    ) -> tuple[Float[Array, "B D"], Float[Array, "L B S K Dh"], Float[Array, "L B S K Dh"]]:
+    ) -> tuple[Float[Array, "B D"], Float[Array, "L B K S Dh"], Float[Array, "L B K S Dh"]]:
         """One token per row, written at its row's own length and attending to all before it.
 
         The whole cache travels as a carry and only [B, K, Dh] of it is written, so no layer
-        copies it. A row whose length has reached S writes nothing.
+        copies it. Heads stand before slots: each head's keys are then one matrix in memory, which
+        the products below read without a transposed copy. A row whose length has reached S writes
+        nothing.
         """
         q, k, v = self.qkv(x, angles)
         rows = jnp.arange(x.shape[0], dtype=jnp.int32)
-        keys = keys.at[layer, rows, length].set(k.astype(keys.dtype))
-        values = values.at[layer, rows, length].set(v.astype(values.dtype))
+        keys = keys.at[layer, rows, :, length].set(k.astype(keys.dtype))
+        values = values.at[layer, rows, :, length].set(v.astype(values.dtype))
         q = q.reshape(x.shape[0], self.kv_heads, -1, self.head_dim) * self.head_dim**-0.5
-        scores = jnp.einsum("bkgd,bskd->bkgs", q, keys[layer], preferred_element_type=jnp.float32)
-        seen = jnp.arange(keys.shape[2], dtype=jnp.int32)[None, :] <= length[:, None]
+        scores = jnp.einsum("bkgd,bksd->bkgs", q, keys[layer], preferred_element_type=jnp.float32)
+        seen = jnp.arange(keys.shape[3], dtype=jnp.int32)[None, :] <= length[:, None]
         scores = jnp.where(seen[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        y = jnp.einsum("bkgs,bskd->bkgd", weights, values[layer].astype(x.dtype))
+        y = jnp.einsum("bkgs,bksd->bkgd", weights, values[layer].astype(x.dtype))
         return self.o(y.reshape(x.shape[0], -1)), keys, values

@@ -262,7 +262,9 @@ class Decoder(nnx.Module):
             return block(x, angles, batch["intervals"])
 
         x, kv = scan_layers(self.layers, x, body)
-        keys, values = (jnp.pad(a, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))) for a in kv)
+        keys, values = (
+            jnp.pad(jnp.moveaxis(a, 2, 3), ((0, 0), (0, 0), (0, 0), (0, room), (0, 0))) for a in kv
+        )
         last = batch["last_positions"][:, 0].astype(jnp.int32)
         cache = {"k": keys, "v": values, "length": last + 1}
         if self.config.rope.sections:

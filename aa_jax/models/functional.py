@@ -54,7 +54,7 @@ class Model:
         head: ``params -> [V,D]``, the output head, tied or not.
         prefill: ``(params, batch, cache_size, features=None) -> (hidden [B,T,D], cache)``.
         decode: ``(params, tokens [B], cache) -> (hidden [B,D], cache)``: one token per row,
-            appended at the row's own length. The cache is {"k": [L,B,S,K,Dh], "v": the same,
+            appended at the row's own length. The cache is {"k": [L,B,K,S,Dh], "v": the same,
             "length": [B]}.
     """
 
