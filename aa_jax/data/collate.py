@@ -17,7 +17,7 @@ from aa_jax.data.tokens import Encoded, Sizes
 from aa_jax.errors import DataError
 
 Batch = dict[str, Any]
-LAYOUTS = ("supervised", "preference", "preference_rows", "prompt")
+LAYOUTS = ("supervised", "preference", "preference_rows", "group", "prompt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,19 +29,21 @@ class Shapes:
       response_length: R, response slots per sequence (earlier trained turns included).
       images: I, images per row; 0 makes a text-only batch.
       image_size: (height, width) of the pixels, needed for rows without an image.
+      sequences: S, responses per row of the layout ``group``.
     """
 
     length: int
     response_length: int
     images: int = 0
     image_size: tuple[int, int] | None = None
+    sequences: int = 1
 
 
 def row_length(prompt: int, responses: Sequence[int], layout: str) -> int:
     """T that a row of this layout needs."""
     if layout == "prompt":
         return prompt
-    if layout == "preference":
+    if layout in ("preference", "group"):
         return prompt + sum(responses)
     return prompt + max(responses, default=0)
 
@@ -58,7 +60,7 @@ def plan_shapes(items: Iterable[Encoded | Sizes], layout: str, *, multiple_of: i
       DataError: no examples, images of different sizes, or an unknown layout.
     """
     _check_layout(layout)
-    length = response = images = 0
+    length = response = images = sequences = 0
     pixels: set[tuple[int, int]] = set()
     for item in items:
         if isinstance(item, Encoded):
@@ -67,6 +69,7 @@ def plan_shapes(items: Iterable[Encoded | Sizes], layout: str, *, multiple_of: i
         trained = item.trained if layout == "supervised" else 0
         response = max(response, max(item.responses, default=0) + trained)
         images = max(images, item.images)
+        sequences = max(sequences, len(item.responses))
         pixels |= {item.image_size} if item.image_size else set()
     if not length:
         raise DataError("There are no examples to plan the batch shapes for.")
@@ -77,7 +80,8 @@ def plan_shapes(items: Iterable[Encoded | Sizes], layout: str, *, multiple_of: i
             "preprocessor_config.json."
         )
     length = -(-length // multiple_of) * multiple_of
-    return Shapes(length, response, images, next(iter(pixels), None))
+    size = next(iter(pixels), None)
+    return Shapes(length, response, images, size, sequences if layout == "group" else 1)
 
 
 def _check_layout(layout: str) -> None:
@@ -101,7 +105,8 @@ def collate(
         it (packing). ``preference_rows`` makes two rows of each example.
       shapes: static sizes.
       layout: ``supervised`` (one response), ``preference`` (chosen and rejected behind one prompt),
-        ``preference_rows`` (chosen and rejected as consecutive rows), ``prompt`` (for sampling).
+        ``preference_rows`` (chosen and rejected as consecutive rows), ``group`` (up to S responses
+        behind one prompt; absent ones have ``sequence_mask`` 0), ``prompt`` (for sampling).
       batch_rows: number of examples (packed rows) the batch is padded to; the rows added have
         ``sequence_mask`` 0.
       pad_id: id of padding tokens.
@@ -122,7 +127,8 @@ def collate(
     packed = max((len(group) for group in groups), default=1)
     if packed > 1 and layout != "supervised":
         raise DataError(f"Packing several examples in a row is for 'supervised', not {layout!r}.")
-    batch = _empty(size, 2 if layout == "preference" else 1, shapes, pad_id, layout)
+    sequences = {"preference": 2, "group": shapes.sequences}.get(layout, 1)
+    batch = _empty(size, sequences, shapes, pad_id, layout)
     for b, group in enumerate(groups):
         _fill_row(batch, b, group, shapes, layout)
     for name in extras:
@@ -165,6 +171,8 @@ def _fill_row(batch: Batch, b: int, group: Sequence[Encoded], shapes: Shapes, la
     for item in group:
         responses = [] if layout == "prompt" else list(item.responses)
         expected = {"prompt": 0, "preference": 2}.get(layout, 1)
+        if layout == "group":
+            expected = min(max(len(responses), 1), shapes.sequences)
         if len(responses) != expected:
             raise DataError(
                 f"{item.where or 'An example'} has {len(responses)} responses; the layout "
@@ -199,7 +207,7 @@ def _fill_row(batch: Batch, b: int, group: Sequence[Encoded], shapes: Shapes, la
         slot = _write_responses(batch, b, start, slot, item, responses, shapes)
         if layout == "prompt":
             batch["last_positions"][b, 0] = end - 1
-        batch["sequence_mask"][b] = 1.0
+        batch["sequence_mask"][b, : len(responses) if layout == "group" else None] = 1.0
         start = end
 
 
