@@ -51,3 +51,24 @@ def total_loss(terms: Ratio | tuple[Ratio, ...]) -> Float[Array, ""]:
     """The scalar that ``metrics["loss"]`` stands for: the sum of its means."""
     terms = (terms,) if isinstance(terms, Ratio) else terms
     return jnp.asarray(sum(term.mean for term in terms))
+
+
+def mix(**parts: tuple[Loss, float]) -> Loss:
+    """A weighted sum of losses with different denominators, exact under accumulation.
+
+    For example the PTX mix of InstructGPT (Ouyang et al. 2022, eq. 2), policy and critic together:
+    ``mix(policy=(policy, 1.0), value=(value, 0.1), ptx=(sft, 16.0))``.
+
+    Args:
+      **parts: name = (what a loss returned, its weight).
+
+    Returns:
+      The sum, and the metrics of all parts as ``name/metric``.
+    """
+    terms, metrics = [], {}
+    for name, ((_, own), weight) in parts.items():
+        for term in (own["loss"],) if isinstance(own["loss"], Ratio) else own["loss"]:
+            terms.append(Ratio(weight * term.total, term.count))
+        metrics |= {f"{name}/{key}": value for key, value in own.items()}
+    metrics = {"loss": tuple(terms)} | metrics
+    return total_loss(metrics["loss"]), metrics
