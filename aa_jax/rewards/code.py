@@ -14,7 +14,7 @@ from typing import Any
 
 from aa_jax.errors import ConfigError, DataError
 from aa_jax.rewards.base import Request, Result
-from aa_jax.rewards.sandbox.run import Jail, Limits, choose, pump, python_command, run
+from aa_jax.rewards.sandbox.runner import Jail, Limits, choose, pump, python_command, run
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def code_of(text: str) -> str | None:
     return bare if bare and not blocks else None
 
 
-class Tests:
+class UnitTests:
     """The tests of one problem.
 
     Attributes:
@@ -50,7 +50,7 @@ class Tests:
         self.pairs, self.asserts, self.setup = list(pairs), list(asserts), setup
 
     @classmethod
-    def read(cls, reference: Any) -> Tests:
+    def read(cls, reference: Any) -> UnitTests:
         """Tests in any of the usual forms, or as the JSON text of one.
 
         - ``["assert f(1) == 2", ...]`` or ``{"asserts": [...], "setup": "import math"}`` (MBPP)
@@ -101,7 +101,7 @@ def _lines(text: Any) -> str:
 class CodeTests:
     """Value 1 if the program passes all its tests, else 0 (or the share it passes).
 
-    The reference holds the tests, see `Tests.read`; unreadable or absent tests mask the sample.
+    The reference holds the tests, see `UnitTests.read`; unreadable or absent tests mask the sample.
     What a program does to its judge (endless loop, crash, flood, attempts to leave the sandbox) is
     a failed test.
 
@@ -150,7 +150,7 @@ class CodeTests:
         if request.reference is None:
             return Result.invalid("no tests", "the reference is None")
         try:
-            tests = Tests.read(request.reference)
+            tests = UnitTests.read(request.reference)
         except DataError as error:
             return Result.invalid("unreadable tests", str(error))
         total = min(len(tests), self.most_tests)
@@ -183,7 +183,7 @@ class CodeTests:
                     break
         return passed, detail
 
-    def _run_asserts(self, code: str, tests: Tests, total: int) -> tuple[int | None, str]:
+    def _run_asserts(self, code: str, tests: UnitTests, total: int) -> tuple[int | None, str]:
         """(tests passed, or None if the tests cannot even start; what went wrong)."""
         spec = {"setup": tests.setup, "tests": tests.asserts[:total]}
         harness = HARNESS.read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
-"""A place where a program can do no harm; see `aa_jax.rewards.sandbox.run` for what holds it."""
+"""A place where a program can do no harm; see `aa_jax.rewards.sandbox.runner` for what holds it."""
 
-from aa_jax.rewards.sandbox.run import (
+from aa_jax.rewards.sandbox.runner import (
     LEVELS,
     Jail,
     Limits,

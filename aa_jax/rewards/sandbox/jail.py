@@ -1,7 +1,7 @@
 """Locks its own process in, then becomes the untrusted program.
 
 A program of its own, started as ``python -I -S jail.py <spec.json> <status fd>`` by
-`aa_jax.rewards.sandbox.run`; imports the standard library only. There is no second process: what
+`aa_jax.rewards.sandbox.runner`; imports the standard library only. There is no second process: what
 is set up here (namespaces, a root of its own, limits, the system call filter) survives ``execve``.
 
 If something cannot be set up, a JSON line on the status descriptor says what, and the program is
