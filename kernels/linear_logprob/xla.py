@@ -5,6 +5,9 @@ the recomputation with the forward pass); with several, a ``lax.scan`` keeps one
 single device tokens that count are gathered to the front first, and blocks that hold none are
 skipped. On several devices a block takes every n-th token instead, so that tokens sharded over
 devices stay where they are.
+
+On a single CPU device blocks are cut along the vocabulary as well (`tiled`), because what is done
+to a logit takes as long as the matmul there unless the logits stay in the cache.
 """
 
 import functools
@@ -14,12 +17,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from aa_jax.kernels.linear_logprob import tile, tiled
 from aa_jax.kernels.linear_logprob.spec import LogProbs, Spec
 
 CHUNK_BYTES = {"cpu": 64 * 2**20}
 """Float32 logits of one block, by platform; accelerators take `DEFAULT_CHUNK_BYTES` per device."""
 
 DEFAULT_CHUNK_BYTES = 256 * 2**20
+
+KEPT_BYTES = 16 * 2**20
+"""On one CPU device, logits up to this size are kept for the backward pass instead of cut."""
+
+TILED_TOKENS = 512
+"""Most tokens of a block that is also cut along the vocabulary: skipping starts at this size."""
 
 _ROUND = 128  # blocks are multiples of this many tokens: no ragged matmul tiles
 
@@ -35,6 +45,9 @@ def linear_logprob(
     """See `aa_jax.kernels.linear_logprob.api.linear_logprob`."""
     tokens, vocab = targets.shape[0], head.shape[0]
     chunk = min(spec.chunk or default_chunk(tokens, vocab), tokens)
+    width = vocab
+    if _on_one_cpu() and (chunk < tokens or 4 * tokens * vocab > KEPT_BYTES):
+        chunk, width = min(chunk, TILED_TOKENS), tiled.size(vocab)
     known = (targets >= 0) & (targets < vocab)
     counts = jnp.ones_like(known) if mask is None else mask
     order = None
@@ -47,9 +60,13 @@ def linear_logprob(
         jnp.where(known & counts, targets, 0),
         counts,
         order,
-        spec._replace(chunk=chunk),
+        spec._replace(chunk=chunk, tile=width),
     )
     return LogProbs(jnp.where(known | ~counts, logps, jnp.nan), entropy, lse)
+
+
+def _on_one_cpu():
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 def default_chunk(tokens: int, vocab: int, platform: str | None = None) -> int:
@@ -72,12 +89,19 @@ def _logprob(hidden, head, bias, targets, mask, order, spec):
 
 def _fwd(hidden, head, bias, targets, mask, order, spec):
     weight = head.astype(hidden.dtype)
+    vocab = head.shape[0]
+    tiles = None if spec.tile == vocab else tiled.cut(weight, bias, spec)
     skip = _always if order is None else _if_any
+
+    def compute(x):
+        if tiles is None:
+            return _forward_block(*x, weight, bias, spec)
+        return tiled.forward(*x, tiles, vocab, spec)
 
     def block(carry, x):
         nothing = jnp.zeros(x[1].shape, jnp.float32)
         nothing = nothing, nothing if spec.need_entropy else None, nothing
-        return carry, skip(x[2], lambda: _forward_block(*x, weight, bias, spec), nothing)
+        return carry, skip(x[2], lambda: compute(x), nothing)
 
     cut, join = _cutter(targets.shape[0], spec.chunk, order)
     _, outs = _scan(block, None, (cut(hidden), cut(targets), cut(mask)))
@@ -88,22 +112,28 @@ def _fwd(hidden, head, bias, targets, mask, order, spec):
 def _bwd(spec, residuals, cotangents):
     hidden, head, bias, targets, mask, order, entropy, lse = residuals
     weight = head.astype(hidden.dtype)
+    vocab = head.shape[0]
+    tiles = None if spec.tile == vocab else tiled.cut(weight, bias, spec)
     skip = _always if order is None else _if_any
 
-    def block(carry, x):
-        def compute():
-            dhidden, dweight, dbias = _backward_block(*x, weight, bias, spec)
-            return (carry[0] + dweight, None if bias is None else carry[1] + dbias), dhidden
+    def compute(sums, x):
+        if tiles is not None:
+            dhidden, sums = tiled.backward(*x[:3], x[3:], tiles, sums, vocab, spec)
+            return sums, dhidden
+        dhidden, dweight, dbias = _backward_block(*x, weight, bias, spec)
+        return (sums[0] + dweight, None if bias is None else sums[1] + dbias), dhidden
 
-        return skip(x[2], compute, (carry, jnp.zeros_like(x[0])))
+    def block(sums, x):
+        return skip(x[2], lambda: compute(sums, x), (sums, jnp.zeros_like(x[0])))
 
     cut, join = _cutter(targets.shape[0], spec.chunk, order)
     xs = hidden, targets, mask, entropy, lse, *cotangents
-    zero = (
-        jnp.zeros(head.shape, jnp.float32),
-        None if bias is None else jnp.zeros(bias.shape, jnp.float32),
-    )
+    shaped = (weight, bias) if tiles is None else tiles[:2]
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shaped)
     (dweight, dbias), dhidden = _scan(block, zero, jax.tree.map(cut, xs))
+    if tiles is not None:
+        dweight = tiled.join(dweight, vocab)
+        dbias = None if bias is None else dbias.reshape(-1)[:vocab]
     if bias is not None:
         dbias = dbias.astype(bias.dtype)
     return join(dhidden), dweight.astype(head.dtype), dbias, None, None, None
@@ -161,8 +191,8 @@ def _logits(hidden, weight, bias, spec):
 
 
 def _finite(x):
-    """-inf becomes a number that times 0 is 0."""
-    return jnp.maximum(x, jnp.finfo(jnp.float32).min)
+    """-inf becomes a number that times any cotangent and 0 is 0."""
+    return jnp.maximum(x, tile.LOWEST)
 
 
 def _always(mask, compute, otherwise):
