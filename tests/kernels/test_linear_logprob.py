@@ -10,7 +10,7 @@ import pytest
 from jax.test_util import check_grads
 
 from aa_jax.errors import ConfigError
-from aa_jax.kernels.linear_logprob import linear_logprob, tiled, xla
+from aa_jax.kernels.linear_logprob import linear_logprob, xla
 
 N, D, V = 23, 5, 37  # nothing divides anything
 
@@ -110,7 +110,7 @@ def test_compacted_blocks_do_not_change_the_result(one_device, kept):
 def test_blocks_cut_along_the_vocabulary_do_not_change_the_result(
     one_device, monkeypatch, width, kept
 ):
-    monkeypatch.setattr(tiled, "WIDTH", width)
+    monkeypatch.setitem(xla.BLOCK, "cpu", (512, width))
     p = problem()
     mask = jnp.asarray(np.random.default_rng(3).permutation(N) < kept)
     kwargs = dict(temperature=0.7, softcap=3.0)
@@ -121,8 +121,8 @@ def test_blocks_cut_along_the_vocabulary_do_not_change_the_result(
 
 
 def test_the_default_on_one_cpu_keeps_small_logits_and_cuts_large_ones(one_device, monkeypatch):
-    monkeypatch.setattr(tiled, "WIDTH", 64)
-    monkeypatch.setattr(xla, "KEPT_BYTES", 4 * 96 * 200)
+    monkeypatch.setitem(xla.BLOCK, "cpu", (512, 64))
+    monkeypatch.setitem(xla.KEPT_BYTES, "cpu", 4 * 96 * 200)
     assert matmuls(compiled_text((0, 1), False, n=96, chunk=None)) == 3
     text = compiled_text((0, 1), False, n=97, chunk=None)
     assert re.search(r"f32\[97,50\]", text) and not re.search(r"\[97,200\]", text)
@@ -263,7 +263,7 @@ def test_a_frozen_head_costs_no_matmul(one_device, compact, chunk):
 
 
 def test_a_frozen_head_costs_no_matmul_in_tiles_either(one_device, monkeypatch):
-    monkeypatch.setattr(tiled, "WIDTH", 64)
+    monkeypatch.setitem(xla.BLOCK, "cpu", (512, 64))
     assert matmuls(compiled_text((0, 1), True)) == 4
     assert matmuls(compiled_text(0, True)) == 3
 
