@@ -105,6 +105,29 @@ def test_compacted_blocks_do_not_change_the_result(one_device, kept):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("kept", [0, 9, N])
+@pytest.mark.parametrize("width", [8, 37])  # five tiles, the last one filled up; and one
+def test_blocks_cut_along_the_vocabulary_do_not_change_the_result(
+    one_device, monkeypatch, width, kept
+):
+    monkeypatch.setitem(xla.BLOCK, "cpu", (512, width))
+    p = problem()
+    mask = jnp.asarray(np.random.default_rng(3).permutation(N) < kept)
+    kwargs = dict(temperature=0.7, softcap=3.0)
+    values, grads = torch_oracle(p, mask=mask, **kwargs)
+    got = run(p, chunk=6, **kwargs)(p.hidden, p.head, p.bias, mask)
+    for a, b in zip(jax.tree.leaves(got), values + grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_the_default_on_one_cpu_keeps_small_logits_and_cuts_large_ones(one_device, monkeypatch):
+    monkeypatch.setitem(xla.BLOCK, "cpu", (512, 64))
+    monkeypatch.setitem(xla.KEPT_BYTES, "cpu", 4 * 96 * 200)
+    assert matmuls(compiled_text((0, 1), False, n=96, chunk=None)) == 3
+    text = compiled_text((0, 1), False, n=97, chunk=None)
+    assert re.search(r"f32\[97,50\]", text) and not re.search(r"\[97,200\]", text)
+
+
 @pytest.mark.parametrize("impl", ["reference", "xla"])
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_masked_tokens_are_exactly_zero_whatever_they_hold(impl, chunk):
@@ -173,7 +196,7 @@ def test_extreme_logits(impl):
     np.testing.assert_allclose(out.logps, [-1e4, -np.log(4), -np.log(5), -np.log(5)], rtol=1e-6)
     entropy = [0, np.log(4), np.log(5), np.log(5)]
     np.testing.assert_allclose(out.entropy, entropy, atol=2e-6)
-    grads = pull(jax.tree.map(jnp.ones_like, out))
+    grads = pull(jax.tree.map(lambda x: jnp.full_like(x, 3.0), out))
     assert all(np.isfinite(g).all() for g in grads[:2])
 
 
@@ -237,6 +260,12 @@ def test_a_frozen_head_costs_no_matmul(one_device, compact, chunk):
     forward = 1 if chunk == 300 else 2
     assert matmuls(compiled_text((0, 1), compact, chunk=chunk)) == forward + 2
     assert matmuls(compiled_text(0, compact, chunk=chunk)) == forward + 1
+
+
+def test_a_frozen_head_costs_no_matmul_in_tiles_either(one_device, monkeypatch):
+    monkeypatch.setitem(xla.BLOCK, "cpu", (512, 64))
+    assert matmuls(compiled_text((0, 1), True)) == 4
+    assert matmuls(compiled_text(0, True)) == 3
 
 
 def test_default_blocks_fit_the_budget():
