@@ -9,17 +9,23 @@ import numpy as np
 import optax
 import pytest
 
-from aa_jax import config, llf, models, recipes, runs
+from aa_jax import config, llf, models, recipes, rl, runs
 from aa_jax.errors import ConfigError
+from aa_jax.llf import digits_run
 from aa_jax.llf.lab import Lab
 from aa_jax.llf.start import llava_config
 from aa_jax.models import heads
+from aa_jax.rl.algorithms import find_algorithm
+from aa_jax.rl.estimators import find_estimator
+from aa_jax.rl.objectives import actor_critic, policy
+from aa_jax.rl.rollouts import Plan
+from aa_jax.rl.train import train
 from aa_jax.training.optim import make_optimizer
 from aa_jax.training.state import frozen_paths, merge, split
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
-TRAINING = [path for path in CONFIGS if "llf" not in path.stem]
+TRAINING = [path for path in CONFIGS if '"recipe"' in path.read_text()]
 
 LLAVA_7B = {
     "architectures": ["LlavaForConditionalGeneration"],
@@ -42,11 +48,20 @@ LLAVA_7B = {
 }  # fmt: skip
 
 
+# What a user must give, by what is in the name of a config; the first match counts.
+PATHS = {
+    "digits": (),
+    "ppo": ("model.path", "prompts.path", "reward.path"),
+    "grpo": ("model.path", "prompts.path", "reward.path"),
+    "": ("model.path", "data.path"),
+}
+
+
 def load(path):
-    # The two paths a user must give; nothing is opened here.
+    # Nothing is opened here.
     return config.load(
         path,
-        [] if "digits" in path.stem else ["--config.model.path=/ckpt", "--config.data.path=/data"],
+        [f"--config.{key}=/somewhere" for key in PATHS[next(k for k in PATHS if k in path.stem)]],
     )
 
 
@@ -135,3 +150,22 @@ def test_an_unknown_pipeline_lists_those_there_are():
     cfg.pipeline = "digit"
     with pytest.raises(ConfigError, match="'digit'.*digits, dataset"):
         llf.select(cfg)
+
+
+@pytest.mark.parametrize("name", ["digits_rl", "llava_ppo", "llava_grpo"])
+def test_the_rl_configs_bind(name):
+    run, cfg = rl.select(load(ROOT / f"configs/ti2t/{name}.py"))
+    config.bind(run, cfg, path="config", workdir="run")
+    values = config.resolve(cfg)
+    runs_of = values.get("algorithms") or {values["algorithm"]: values}
+    for algorithm, own in runs_of.items():
+        kind = find_algorithm(own.get("algorithm", algorithm))
+        Plan(**{**values["rollout"], **own.get("rollout", {})})
+        find_estimator(kind.estimator)
+        accepted = set(inspect.signature(train).parameters)
+        assert set(own) - accepted <= {"pipeline", "algorithm", "model", "mesh", "checkpoint_every"}
+        options = {"loss": kind.loss, **own.get("objective", {})}
+        model = models.build(LLAVA_7B)
+        actor_critic(model, model, **options) if kind.critic else policy(model, **options)
+    if name == "digits_rl":
+        config.bind(digits_run.run, cfg.start, path="config.start", workdir="run")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from aa_jax.config import without
 from aa_jax.errors import ConfigError
 
 PIPELINES = ("digits", "dataset")
@@ -26,7 +27,4 @@ def select(config: Any) -> tuple[Callable[..., dict], Any]:
         from aa_jax.llf.digits_run import run
     else:
         from aa_jax.llf.dataset_run import run
-    rest = config.copy_and_resolve_references()
-    with rest.unlocked():
-        del rest.pipeline
-    return run, rest
+    return run, without(config, "pipeline")
