@@ -21,6 +21,7 @@ def group_advantages(
     *,
     scale: str = "group",
     eps: float = 1e-4,
+    clip: tuple[float, float] | None = None,
 ) -> Float[Array, "P G"]:
     r"""Group-relative advantages of GRPO (Shao et al. 2024, arXiv:2402.03300, §4.1.2) and DAPO.
 
@@ -37,6 +38,7 @@ def group_advantages(
       scale: "group", "batch" (one standard deviation for all, TRL's ``scale_rewards="batch"``) or
         "none".
       eps: ε.
+      clip: bounds of the advantages; RAGEN's ``asym_clip`` is (-1, 3).
 
     Raises:
       ConfigError: unknown scale.
@@ -53,6 +55,8 @@ def group_advantages(
     elif scale == "batch":
         whole = (seen - _mean(seen, mask, None)) * mask
         centred = centred / (_deviation(whole, mask, None) + eps)
+    if clip is not None:
+        centred = jnp.clip(centred, *clip)
     return jax.lax.stop_gradient(centred)
 
 
