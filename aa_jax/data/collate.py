@@ -29,12 +29,16 @@ class Shapes:
       response_length: R, response slots per sequence (earlier trained turns included).
       images: I, images per row; 0 makes a text-only batch.
       image_size: (height, width) of the pixels, needed for rows without an image.
+      patches: P, patches per row where images are of any size; then positions have three axes.
+      patch_numbers: K, numbers in a patch.
     """
 
     length: int
     response_length: int
     images: int = 0
     image_size: tuple[int, int] | None = None
+    patches: int = 0
+    patch_numbers: int = 0
 
 
 def row_length(prompt: int, responses: Sequence[int], layout: str) -> int:
@@ -58,7 +62,7 @@ def plan_shapes(items: Iterable[Encoded | Sizes], layout: str, *, multiple_of: i
       DataError: no examples, images of different sizes, or an unknown layout.
     """
     _check_layout(layout)
-    length = response = images = 0
+    length = response = images = patches = numbers = 0
     pixels: set[tuple[int, int]] = set()
     for item in items:
         if isinstance(item, Encoded):
@@ -66,7 +70,8 @@ def plan_shapes(items: Iterable[Encoded | Sizes], layout: str, *, multiple_of: i
         length = max(length, row_length(item.prompt, item.responses, layout))
         trained = item.trained if layout == "supervised" else 0
         response = max(response, max(item.responses, default=0) + trained)
-        images = max(images, item.images)
+        images, patches = max(images, item.images), max(patches, item.patches)
+        numbers = max(numbers, item.patch_numbers)
         pixels |= {item.image_size} if item.image_size else set()
     if not length:
         raise DataError("There are no examples to plan the batch shapes for.")
@@ -77,7 +82,7 @@ def plan_shapes(items: Iterable[Encoded | Sizes], layout: str, *, multiple_of: i
             "preprocessor_config.json."
         )
     length = -(-length // multiple_of) * multiple_of
-    return Shapes(length, response, images, next(iter(pixels), None))
+    return Shapes(length, response, images, next(iter(pixels), None), patches, numbers)
 
 
 def _check_layout(layout: str) -> None:
@@ -152,16 +157,23 @@ def _empty(rows: int, sequences: int, shapes: Shapes, pad_id: int, layout: str) 
         batch["targets"] = np.zeros(slots, np.int32)
         batch["loss_mask"] = np.zeros(slots, np.float32)
     if shapes.images:
-        if shapes.image_size is None:
-            raise DataError("Shapes with images need image_size=(height, width).")
-        size = (rows, shapes.images, 3, *shapes.image_size)
+        if shapes.image_size is None and not shapes.patches:
+            raise DataError("Shapes with images need image_size=(height, width), or patches.")
         batch["feature_index"] = np.full((rows, length), -1, np.int32)
-        batch["media"] = {"pixel_values": np.zeros(size, np.float32)}
+        if shapes.patches:
+            batch["positions"] = np.zeros((rows, length, 3), np.int32)
+            batch["media"] = {
+                "pixel_values": np.zeros((rows, shapes.patches, shapes.patch_numbers), np.float32),
+                "grid_thw": np.zeros((rows, shapes.images, 3), np.int32),
+            }
+        else:
+            size = (rows, shapes.images, 3, *shapes.image_size)
+            batch["media"] = {"pixel_values": np.zeros(size, np.float32)}
     return batch
 
 
 def _fill_row(batch: Batch, b: int, group: Sequence[Encoded], shapes: Shapes, layout: str) -> None:
-    start = slot = images = features = 0
+    start = slot = images = features = patches = 0
     for item in group:
         responses = [] if layout == "prompt" else list(item.responses)
         expected = {"prompt": 0, "preference": 2}.get(layout, 1)
@@ -178,6 +190,10 @@ def _fill_row(batch: Batch, b: int, group: Sequence[Encoded], shapes: Shapes, la
                 "Give larger shapes, or Limits that drop such examples."
             )
         _write(batch, b, start, item.prompt, 0)
+        if item.positions is not None:
+            flat = batch["positions"].ndim == 2  # a text-only batch: the three are the same
+            places = item.positions[:, 0] if flat else item.positions
+            batch["positions"][b, start : start + prompt] = places
         batch["intervals"][b, start : start + prompt] = _causal(start, prompt)
         if images + item.images > shapes.images:
             raise DataError(
@@ -185,17 +201,12 @@ def _fill_row(batch: Batch, b: int, group: Sequence[Encoded], shapes: Shapes, la
                 f"{shapes.images} fit. Raise images in the shapes."
             )
         if item.images:
-            if item.media["pixel_values"].shape[-2:] != tuple(shapes.image_size):
-                raise DataError(
-                    f"{item.where or 'An example'}: pixels {item.media['pixel_values'].shape[-2:]}"
-                    f" do not fit shapes with image_size={tuple(shapes.image_size)}."
-                )
             seen = item.feature_index >= 0
             index = np.where(seen, item.feature_index + features, -1)
             batch["feature_index"][b, start : start + prompt] = index
-            pixels = batch["media"]["pixel_values"]
-            pixels[b, images : images + item.images] = item.media["pixel_values"]
+            _write_media(batch["media"], b, images, patches, item, shapes)
             images, features = images + item.images, features + int(seen.sum())
+            patches += item.patches
         slot = _write_responses(batch, b, start, slot, item, responses, shapes)
         if layout == "prompt":
             batch["last_positions"][b, 0] = end - 1
@@ -203,9 +214,35 @@ def _fill_row(batch: Batch, b: int, group: Sequence[Encoded], shapes: Shapes, la
         start = end
 
 
+def _write_media(
+    media: dict[str, np.ndarray], b: int, images: int, patches: int, item: Encoded, shapes: Shapes
+) -> None:
+    """Puts an example's pixels behind those of the row's earlier examples."""
+    pixels = item.media["pixel_values"]
+    if not shapes.patches:
+        if pixels.shape[-2:] != tuple(shapes.image_size):
+            raise DataError(
+                f"{item.where or 'An example'}: pixels {pixels.shape[-2:]}"
+                f" do not fit shapes with image_size={tuple(shapes.image_size)}."
+            )
+        media["pixel_values"][b, images : images + item.images] = pixels
+        return
+    if patches + item.patches > shapes.patches or pixels.shape[1] != shapes.patch_numbers:
+        raise DataError(
+            f"{item.where or 'An example'}: its images have {item.patches} patches of "
+            f"{pixels.shape[1]} numbers, the row holds {patches} already; {shapes.patches} of "
+            f"{shapes.patch_numbers} fit. Raise patches in the shapes."
+        )
+    media["pixel_values"][b, patches : patches + item.patches] = pixels
+    media["grid_thw"][b, images : images + item.images] = item.media["grid_thw"]
+
+
 def _write(batch: Batch, b: int, at: int, ids: np.ndarray, position: int) -> None:
     batch["tokens"][b, at : at + len(ids)] = ids
-    batch["positions"][b, at : at + len(ids)] = position + np.arange(len(ids))
+    positions = position + np.arange(len(ids), dtype=np.int32)
+    if batch["positions"].ndim == 3:  # three axes: text has the same number on each
+        positions = positions[:, None]
+    batch["positions"][b, at : at + len(ids)] = positions
 
 
 def _causal(start: int, length: int) -> np.ndarray:
@@ -228,7 +265,8 @@ def _write_responses(
     prompt_end = start + len(item.prompt)
     at = prompt_end
     for s, ids in enumerate(responses):
-        _write(batch, b, at, ids, len(item.prompt))
+        after = len(item.prompt) if item.next_position is None else item.next_position
+        _write(batch, b, at, ids, after)
         intervals = _causal(at, len(ids))
         if len(responses) > 1:  # the prompt, then itself, not the other response
             intervals[:, 0], intervals[:, 1] = start, prompt_end
