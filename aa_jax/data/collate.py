@@ -30,6 +30,8 @@ class Shapes:
       images: I, images per row; 0 makes a text-only batch.
       image_size: (height, width) of the pixels, needed for rows without an image.
       sequences: S, responses per row of the layout ``group``.
+      patches: P, patches per row where images are of any size; then positions have three axes.
+      patch_numbers: K, numbers in a patch.
     """
 
     length: int
@@ -37,6 +39,8 @@ class Shapes:
     images: int = 0
     image_size: tuple[int, int] | None = None
     sequences: int = 1
+    patches: int = 0
+    patch_numbers: int = 0
 
 
 def row_length(prompt: int, responses: Sequence[int], layout: str) -> int:
@@ -60,7 +64,7 @@ def plan_shapes(items: Iterable[Encoded | Sizes], layout: str, *, multiple_of: i
       DataError: no examples, images of different sizes, or an unknown layout.
     """
     _check_layout(layout)
-    length = response = images = sequences = 0
+    length = response = images = patches = numbers = sequences = 0
     pixels: set[tuple[int, int]] = set()
     for item in items:
         if isinstance(item, Encoded):
@@ -68,7 +72,8 @@ def plan_shapes(items: Iterable[Encoded | Sizes], layout: str, *, multiple_of: i
         length = max(length, row_length(item.prompt, item.responses, layout))
         trained = item.trained if layout == "supervised" else 0
         response = max(response, max(item.responses, default=0) + trained)
-        images = max(images, item.images)
+        images, patches = max(images, item.images), max(patches, item.patches)
+        numbers = max(numbers, item.patch_numbers)
         sequences = max(sequences, len(item.responses))
         pixels |= {item.image_size} if item.image_size else set()
     if not length:
@@ -81,7 +86,8 @@ def plan_shapes(items: Iterable[Encoded | Sizes], layout: str, *, multiple_of: i
         )
     length = -(-length // multiple_of) * multiple_of
     size = next(iter(pixels), None)
-    return Shapes(length, response, images, size, sequences if layout == "group" else 1)
+    group = sequences if layout == "group" else 1
+    return Shapes(length, response, images, size, group, patches, numbers)
 
 
 def _check_layout(layout: str) -> None:
@@ -158,16 +164,23 @@ def _empty(rows: int, sequences: int, shapes: Shapes, pad_id: int, layout: str) 
         batch["targets"] = np.zeros(slots, np.int32)
         batch["loss_mask"] = np.zeros(slots, np.float32)
     if shapes.images:
-        if shapes.image_size is None:
-            raise DataError("Shapes with images need image_size=(height, width).")
-        size = (rows, shapes.images, 3, *shapes.image_size)
+        if shapes.image_size is None and not shapes.patches:
+            raise DataError("Shapes with images need image_size=(height, width), or patches.")
         batch["feature_index"] = np.full((rows, length), -1, np.int32)
-        batch["media"] = {"pixel_values": np.zeros(size, np.float32)}
+        if shapes.patches:
+            batch["positions"] = np.zeros((rows, length, 3), np.int32)
+            batch["media"] = {
+                "pixel_values": np.zeros((rows, shapes.patches, shapes.patch_numbers), np.float32),
+                "grid_thw": np.zeros((rows, shapes.images, 3), np.int32),
+            }
+        else:
+            size = (rows, shapes.images, 3, *shapes.image_size)
+            batch["media"] = {"pixel_values": np.zeros(size, np.float32)}
     return batch
 
 
 def _fill_row(batch: Batch, b: int, group: Sequence[Encoded], shapes: Shapes, layout: str) -> None:
-    start = slot = images = features = 0
+    start = slot = images = features = patches = 0
     for item in group:
         responses = [] if layout == "prompt" else list(item.responses)
         expected = {"prompt": 0, "preference": 2}.get(layout, 1)
@@ -186,6 +199,10 @@ def _fill_row(batch: Batch, b: int, group: Sequence[Encoded], shapes: Shapes, la
                 "Give larger shapes, or Limits that drop such examples."
             )
         _write(batch, b, start, item.prompt, 0)
+        if item.positions is not None:
+            flat = batch["positions"].ndim == 2  # a text-only batch: the three are the same
+            places = item.positions[:, 0] if flat else item.positions
+            batch["positions"][b, start : start + prompt] = places
         batch["intervals"][b, start : start + prompt] = _causal(start, prompt)
         if images + item.images > shapes.images:
             raise DataError(
@@ -193,17 +210,12 @@ def _fill_row(batch: Batch, b: int, group: Sequence[Encoded], shapes: Shapes, la
                 f"{shapes.images} fit. Raise images in the shapes."
             )
         if item.images:
-            if item.media["pixel_values"].shape[-2:] != tuple(shapes.image_size):
-                raise DataError(
-                    f"{item.where or 'An example'}: pixels {item.media['pixel_values'].shape[-2:]}"
-                    f" do not fit shapes with image_size={tuple(shapes.image_size)}."
-                )
             seen = item.feature_index >= 0
             index = np.where(seen, item.feature_index + features, -1)
             batch["feature_index"][b, start : start + prompt] = index
-            pixels = batch["media"]["pixel_values"]
-            pixels[b, images : images + item.images] = item.media["pixel_values"]
+            _write_media(batch["media"], b, images, patches, item, shapes)
             images, features = images + item.images, features + int(seen.sum())
+            patches += item.patches
         slot = _write_responses(batch, b, start, slot, item, responses, shapes)
         if layout == "prompt":
             batch["last_positions"][b, 0] = end - 1
@@ -211,9 +223,35 @@ def _fill_row(batch: Batch, b: int, group: Sequence[Encoded], shapes: Shapes, la
         start = end
 
 
+def _write_media(
+    media: dict[str, np.ndarray], b: int, images: int, patches: int, item: Encoded, shapes: Shapes
+) -> None:
+    """Puts an example's pixels behind those of the row's earlier examples."""
+    pixels = item.media["pixel_values"]
+    if not shapes.patches:
+        if pixels.shape[-2:] != tuple(shapes.image_size):
+            raise DataError(
+                f"{item.where or 'An example'}: pixels {pixels.shape[-2:]}"
+                f" do not fit shapes with image_size={tuple(shapes.image_size)}."
+            )
+        media["pixel_values"][b, images : images + item.images] = pixels
+        return
+    if patches + item.patches > shapes.patches or pixels.shape[1] != shapes.patch_numbers:
+        raise DataError(
+            f"{item.where or 'An example'}: its images have {item.patches} patches of "
+            f"{pixels.shape[1]} numbers, the row holds {patches} already; {shapes.patches} of "
+            f"{shapes.patch_numbers} fit. Raise patches in the shapes."
+        )
+    media["pixel_values"][b, patches : patches + item.patches] = pixels
+    media["grid_thw"][b, images : images + item.images] = item.media["grid_thw"]
+
+
 def _write(batch: Batch, b: int, at: int, ids: np.ndarray, position: int) -> None:
     batch["tokens"][b, at : at + len(ids)] = ids
-    batch["positions"][b, at : at + len(ids)] = position + np.arange(len(ids))
+    positions = position + np.arange(len(ids), dtype=np.int32)
+    if batch["positions"].ndim == 3:  # three axes: text has the same number on each
+        positions = positions[:, None]
+    batch["positions"][b, at : at + len(ids)] = positions
 
 
 def _causal(start: int, length: int) -> np.ndarray:
@@ -236,7 +274,8 @@ def _write_responses(
     prompt_end = start + len(item.prompt)
     at = prompt_end
     for s, ids in enumerate(responses):
-        _write(batch, b, at, ids, len(item.prompt))
+        after = len(item.prompt) if item.next_position is None else item.next_position
+        _write(batch, b, at, ids, after)
         intervals = _causal(at, len(ids))
         if len(responses) > 1:  # the prompt, then itself, not the other response
             intervals[:, 0], intervals[:, 1] = start, prompt_end

@@ -20,6 +20,9 @@ from aa_jax.models.llava import modeling as _llava
 from aa_jax.models.llava.params import names as _llava_names
 from aa_jax.models.names import Names
 from aa_jax.models.qwen import modeling as _qwen
+from aa_jax.models.qwen2_vl import config as _qwen2_vl_config
+from aa_jax.models.qwen2_vl.modeling import Qwen2VL as _Qwen2VL
+from aa_jax.models.qwen2_vl.params import names as _qwen2_vl_names
 
 __all__ = ["ARCHITECTURES", "Family", "Model", "Params", "build", "load", "save"]
 
@@ -42,12 +45,20 @@ ARCHITECTURES: dict[str, Family] = {
     "LlavaForConditionalGeneration": Family(
         "llava", _llava.LlavaConfig, _llava.Llava, _llava_names
     ),
+    "Qwen2VLForConditionalGeneration": Family(
+        "qwen2_vl", _qwen2_vl_config.Qwen2VLConfig, _Qwen2VL, _qwen2_vl_names
+    ),
+    "Qwen2_5_VLForConditionalGeneration": Family(
+        "qwen2_5_vl", _qwen2_vl_config.Qwen25VLConfig, _Qwen2VL, _qwen2_vl_names
+    ),
 }
 _MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "llava": "LlavaForConditionalGeneration",
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
 }
 
 
