@@ -25,6 +25,7 @@ from aa_jax.llf.prompts import Lazy
 from aa_jax.llf.respond import read_lines
 from aa_jax.llf.stages import Stage, run_stages, summary, write_json
 from aa_jax.models import heads
+from aa_jax.rewards.base import Request, Result
 from aa_jax.rl.learned import RewardModel
 from aa_jax.rl.train import train
 from aa_jax.sharding.mesh import make_mesh
@@ -61,7 +62,8 @@ def run(
         finished there.
       start: keyword arguments of `aa_jax.llf.digits_run.run` for those stages.
       algorithms: arm -> its own keyword arguments of `aa_jax.rl.train.train`, with `algorithm` if
-        the arm is not named like one; a `rollout` among them adds to the common one.
+        the arm is not named like one; a `rollout` among them adds to the common one; `reward` is
+        "learned" (the reward model) or "oracle" (the truth itself, as a verifiable reward).
       lrs: learning rates, the same for every algorithm.
       rollout: keyword arguments of `Plan`, common to all.
       reward: keyword arguments of `recipes.train` for the reward model.
@@ -83,6 +85,9 @@ def run(
     Raises:
       ConfigError: unknown labels.
     """
+    for arm, own in algorithms.items():
+        if own.get("reward", "learned") not in ("learned", "oracle"):
+            raise ConfigError(f"algorithms.{arm}.reward must be learned or oracle.")
     if labels not in LABELS:
         raise ConfigError(f"labels is {labels!r}; it must be one of {', '.join(LABELS)}.")
     workdir = Path(workdir)
@@ -150,9 +155,10 @@ def run(
     def cell_of(cell: Path, arm: str, own: dict, lr: float, learned: RewardModel) -> dict:
         model, params, processor = lab.load(base)
         stage_name = f"rl.{cell.name}"
+        payer = {"learned": learned, "oracle": oracle_reward}[own.pop("reward", "learned")]
         final, figures = train(
             own.pop("algorithm", arm), model=model, params=params, processor=processor,
-            prompts=tasks(records("train", prompts, shown)), reward=learned, workdir=workdir,
+            prompts=tasks(records("train", prompts, shown)), reward=payer, workdir=workdir,
             mesh=lab.mesh, frozen=frozen, seed=lab.stream(stage_name), stage=stage_name,
             rollout={**rollout, **own.pop("rollout", {})},
             sampling={"max_new_tokens": lab.lengths.answer, "batch_rows": lab.batch_rows,
@@ -203,6 +209,11 @@ def run(
         Stage("evaluate_rl", "held-out images, judged by the oracle", evaluate_stage, ("rl",)),
     ]
     return run_stages(workdir, stages, only=stage)
+
+
+def oracle_reward(requests: Sequence[Request]) -> list[Result]:
+    """The mean grade of the oracle, 0 to 3; the task is the request's reference."""
+    return [Result(float(digits.overall(r.reference, r.response))) for r in requests]
 
 
 def labelled_pairs(workdir: Path, records: Sequence, labels: str) -> list[Example]:

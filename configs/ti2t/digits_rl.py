@@ -23,6 +23,9 @@ def get_config() -> ConfigDict:
     for later in ("pipeline", "seed", "max_digits", "feedback_prompts", "feedback", "dpo",
                   "validation_prompts", "test_prompts"):  # fmt: skip
         del start[later]
+    start.preference_prompts = 10_000  # two answers each for the reward model's pairs
+    groups = {"prompts": 64, "samples": 4, "minibatches": 2}
+    singles = {"prompts": 256, "samples": 1, "minibatches": 2, "epochs": 2}
     return ConfigDict({
         "pipeline": "digits",
         "seed": 0,
@@ -31,21 +34,19 @@ def get_config() -> ConfigDict:
         "labels": "oracle",
         "reward": {"batch_rows": 32, "epochs": 3, "optim": {"lr": 3e-4, "weight_decay": 0.01}},
         "algorithms": {
-            "grpo": {
-                "rollout": {"prompts": 64, "samples": 4, "minibatches": 2},
+            "grpo": {"rollout": groups, "objective": {"kl_coef": 0.04}},
+            "grpo_kl": {"algorithm": "grpo", "rollout": groups, "objective": {"kl_coef": 0.3}},
+            "ppo": {"rollout": singles, "kl": {"coef": 0.05}, "critic_lr_scale": 3.0},
+            "ppo_kl": {
+                "algorithm": "ppo", "rollout": singles, "kl": {"coef": 0.2},
+                "critic_lr_scale": 3.0,
+            },
+            "grpo_truth": {
+                "algorithm": "grpo", "reward": "oracle", "rollout": groups,
                 "objective": {"kl_coef": 0.04},
             },
-            "grpo_kl": {
-                "algorithm": "grpo",
-                "rollout": {"prompts": 64, "samples": 4, "minibatches": 2},
-                "objective": {"kl_coef": 0.3},
-            },
-            "ppo": {
-                "rollout": {"prompts": 256, "samples": 1, "minibatches": 2, "epochs": 2},
-                "kl": {"coef": 0.05}, "critic_lr_scale": 3.0,
-            },
         },
-        "lrs": (1e-4, 3e-4),
+        "lrs": (1e-4,),
         "rollout": {"iterations": 40},
         "sampling": {"batch_rows": 256, "temperature": 1.0},
         "optim": {"schedule": "constant", "warmup_steps": 0},
