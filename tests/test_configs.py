@@ -96,9 +96,9 @@ def test_one_train_step_of_llava_7b_has_a_shape(path):
     def step(params, batch):
         trainable, held = split(params, frozen_paths(params, frozen))
         state = tx.init(trainable)
-        grads, metrics = jax.grad(
-            lambda p: objective(merge(p, held), batch), has_aux=True
-        )(trainable)
+        grads, metrics = jax.grad(lambda p: objective(merge(p, held), batch), has_aux=True)(
+            trainable
+        )
         updates, state = tx.update(grads, state, trainable)
         return merge(optax.apply_updates(trainable, updates), held), metrics
 

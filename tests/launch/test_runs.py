@@ -142,8 +142,15 @@ def test_a_checkpoint_of_another_run_is_refused(checkpoint, preferences, tmp_pat
 
 def test_the_command_reports_a_mistake_in_one_paragraph(tmp_path):
     """A real process: exit code 2, the key and its nearest neighbour, no traceback."""
-    command = [sys.executable, ROOT / "launch/train.py", "--config",
-               ROOT / "configs/ti2t/llava_dpo.py", "--config.optm.lr=1", "--workdir", tmp_path]
+    command = [
+        sys.executable,
+        ROOT / "launch/train.py",
+        "--config",
+        ROOT / "configs/ti2t/llava_dpo.py",
+        "--config.optm.lr=1",
+        "--workdir",
+        tmp_path,
+    ]
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, cwd=tmp_path,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
