@@ -12,13 +12,14 @@ from typing import Any
 
 from aa_jax.errors import ModelError
 from aa_jax.models.config import Reader
+from aa_jax.models.decoder_names import decoder_names as _decoder_names
 from aa_jax.models.functional import Model, Params, functional
 from aa_jax.models.hf import read_config, read_params, write_checkpoint
 from aa_jax.models.llama import modeling as _llama
-from aa_jax.models.llama.params import NAMES as _llama_names
 from aa_jax.models.llava import modeling as _llava
 from aa_jax.models.llava.params import names as _llava_names
 from aa_jax.models.names import Names
+from aa_jax.models.qwen import modeling as _qwen
 
 __all__ = ["ARCHITECTURES", "Family", "Model", "Params", "build", "load", "save"]
 
@@ -35,12 +36,19 @@ class Family:
 
 # config.json's `architectures` entry -> family. A new family is a folder and a line here.
 ARCHITECTURES: dict[str, Family] = {
-    "LlamaForCausalLM": Family("llama", _llama.LlamaConfig, _llama.Llama, lambda _: _llama_names),
+    "LlamaForCausalLM": Family("llama", _llama.LlamaConfig, _llama.Llama, _decoder_names),
+    "Qwen2ForCausalLM": Family("qwen2", _qwen.Qwen2Config, _qwen.Qwen, _decoder_names),
+    "Qwen3ForCausalLM": Family("qwen3", _qwen.Qwen3Config, _qwen.Qwen, _decoder_names),
     "LlavaForConditionalGeneration": Family(
         "llava", _llava.LlavaConfig, _llava.Llava, _llava_names
     ),
 }
-_MODEL_TYPES = {"llama": "LlamaForCausalLM", "llava": "LlavaForConditionalGeneration"}
+_MODEL_TYPES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llava": "LlavaForConditionalGeneration",
+}
 
 
 def build(

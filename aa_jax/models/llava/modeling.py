@@ -10,8 +10,9 @@ from jaxtyping import Array, Float, Int
 from aa_jax.errors import ModelError
 from aa_jax.models.clip.modeling import ClipVision, ClipVisionConfig
 from aa_jax.models.config import Reader
+from aa_jax.models.decoder import Batch, Cache
 from aa_jax.models.layers import ACTIVATIONS, Linear, place_features
-from aa_jax.models.llama.modeling import Batch, Cache, Llama, LlamaConfig
+from aa_jax.models.llama.modeling import Llama, LlamaConfig
 
 SUB_CONFIGS = {"text_config": ("llama",), "vision_config": ("clip_vision_model",)}
 
