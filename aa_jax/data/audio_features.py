@@ -60,6 +60,11 @@ class AudioProcessor:
         """Frames of a clip of this many samples that are not padding."""
         return min(-(-min(samples, self.samples) // self.hop_length), self.frames)
 
+    def width(self, frames: int) -> int:
+        """Frames that decide a clip's features: its own and the two of padding that the tower's
+        convolutions reach, as a multiple of the tower's stride."""
+        return min(-(-(frames + 2) // 4) * 4, self.frames)
+
     def feature_count(self, samples: int, where: str = "") -> int:
         """Features, and so placeholder tokens, of a clip in Qwen2-Audio: one convolution and one
         pooling halve the frames, each rounding as its kernel does.

@@ -8,7 +8,7 @@ see the prompt and themselves, not each other.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from aa_jax.errors import DataError
 
 Batch = dict[str, Any]
 LAYOUTS = ("supervised", "preference", "preference_rows", "prompt")
+WHOLE_NUMBERS = ("feature_lengths",)  # media arrays that are counts, not signals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +30,15 @@ class Shapes:
       response_length: R, response slots per sequence (earlier trained turns included).
       images: I, images per row; 0 makes a text-only batch.
       image_size: (height, width) of the pixels, needed for rows without an image.
+      media: other media arrays of a row, name -> shape; items of a row stand one after the other
+        on the first axis, smaller ones are padded with zeros on the others.
     """
 
     length: int
     response_length: int
     images: int = 0
     image_size: tuple[int, int] | None = None
+    media: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
 def row_length(prompt: int, responses: Sequence[int], layout: str) -> int:
@@ -60,6 +64,7 @@ def plan_shapes(items: Iterable[Encoded | Sizes], layout: str, *, multiple_of: i
     _check_layout(layout)
     length = response = images = 0
     pixels: set[tuple[int, int]] = set()
+    media: dict[str, tuple[int, ...]] = {}
     for item in items:
         if isinstance(item, Encoded):
             item = item.sizes
@@ -68,6 +73,8 @@ def plan_shapes(items: Iterable[Encoded | Sizes], layout: str, *, multiple_of: i
         response = max(response, max(item.responses, default=0) + trained)
         images = max(images, item.images)
         pixels |= {item.image_size} if item.image_size else set()
+        for name, shape in item.media.items():
+            media[name] = tuple(map(max, media.get(name, shape), shape))
     if not length:
         raise DataError("There are no examples to plan the batch shapes for.")
     if len(pixels) > 1:
@@ -77,7 +84,7 @@ def plan_shapes(items: Iterable[Encoded | Sizes], layout: str, *, multiple_of: i
             "preprocessor_config.json."
         )
     length = -(-length // multiple_of) * multiple_of
-    return Shapes(length, response, images, next(iter(pixels), None))
+    return Shapes(length, response, images, next(iter(pixels), None), media)
 
 
 def _check_layout(layout: str) -> None:
@@ -151,17 +158,23 @@ def _empty(rows: int, sequences: int, shapes: Shapes, pad_id: int, layout: str) 
         batch["target_positions"] = np.zeros(slots, np.int32)
         batch["targets"] = np.zeros(slots, np.int32)
         batch["loss_mask"] = np.zeros(slots, np.float32)
+    if shapes.images or shapes.media:
+        batch["feature_index"] = np.full((rows, length), -1, np.int32)
+        batch["media"] = {
+            name: np.zeros((rows, *shape), np.int32 if name in WHOLE_NUMBERS else np.float32)
+            for name, shape in shapes.media.items()
+        }
     if shapes.images:
         if shapes.image_size is None:
             raise DataError("Shapes with images need image_size=(height, width).")
         size = (rows, shapes.images, 3, *shapes.image_size)
-        batch["feature_index"] = np.full((rows, length), -1, np.int32)
-        batch["media"] = {"pixel_values": np.zeros(size, np.float32)}
+        batch["media"]["pixel_values"] = np.zeros(size, np.float32)
     return batch
 
 
 def _fill_row(batch: Batch, b: int, group: Sequence[Encoded], shapes: Shapes, layout: str) -> None:
     start = slot = images = features = 0
+    taken: dict[str, int] = {}
     for item in group:
         responses = [] if layout == "prompt" else list(item.responses)
         expected = {"prompt": 0, "preference": 2}.get(layout, 1)
@@ -190,17 +203,37 @@ def _fill_row(batch: Batch, b: int, group: Sequence[Encoded], shapes: Shapes, la
                     f"{item.where or 'An example'}: pixels {item.media['pixel_values'].shape[-2:]}"
                     f" do not fit shapes with image_size={tuple(shapes.image_size)}."
                 )
-            seen = item.feature_index >= 0
-            index = np.where(seen, item.feature_index + features, -1)
-            batch["feature_index"][b, start : start + prompt] = index
             pixels = batch["media"]["pixel_values"]
             pixels[b, images : images + item.images] = item.media["pixel_values"]
-            images, features = images + item.images, features + int(seen.sum())
+            images += item.images
+        for name in item.media_shapes:
+            taken[name] = _place(batch["media"], name, b, taken.get(name, 0), item, shapes)
+        seen = item.feature_index >= 0
+        if seen.any():
+            index = np.where(seen, item.feature_index + features, -1)
+            batch["feature_index"][b, start : start + prompt] = index
+            features += int(seen.sum())
         slot = _write_responses(batch, b, start, slot, item, responses, shapes)
         if layout == "prompt":
             batch["last_positions"][b, 0] = end - 1
         batch["sequence_mask"][b] = 1.0
         start = end
+
+
+def _place(
+    media: dict[str, np.ndarray], name: str, b: int, at: int, item: Encoded, shapes: Shapes
+) -> int:
+    """Writes one of an example's media arrays behind those of its row; returns the next place."""
+    array, room = item.media[name], shapes.media.get(name, ())
+    needed = (at + array.shape[0], *array.shape[1:])
+    if len(needed) != len(room) or any(n > r for n, r in zip(needed, room, strict=True)):
+        raise DataError(
+            f"{item.where or 'An example'}: its row needs {name} of {list(needed)}, {list(room)} "
+            "fit. Give shapes planned for this data (`plan_shapes`)."
+        )
+    place = (b, slice(at, needed[0]), *(slice(0, n) for n in needed[1:]))
+    media[name][place] = array
+    return needed[0]
 
 
 def _write(batch: Batch, b: int, at: int, ids: np.ndarray, position: int) -> None:

@@ -34,6 +34,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "CLIPImageProcessor": _CLIP,
     "CLIPFeatureExtractor": _CLIP,
     "LlavaImageProcessor": _CLIP,
+    "ChameleonImageProcessor": dict(
+        size={"shortest_edge": 512},
+        crop_size={"height": 512, "width": 512},
+        resample=1,
+        do_center_crop=True,
+        rescale_factor=0.0078,
+        image_mean=(1.0, 1.0, 1.0),
+        image_std=(1.0, 1.0, 1.0),
+    ),
     "SiglipImageProcessor": dict(
         size={"height": 224, "width": 224}, resample=3, image_mean=_HALF, image_std=_HALF
     ),
@@ -158,6 +167,9 @@ class ImageProcessor:
 
 
 _SHORTEST = ("CLIPImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor")
+_SHORTEST += ("ChameleonImageProcessor",)
+# Feature extractors that make something else of a checkpoint folder than pixels.
+_NOT_IMAGES = ("WhisperFeatureExtractor",)
 
 
 def _size(size: Any, square: bool) -> dict[str, int]:
@@ -193,6 +205,8 @@ def load_image_processor(folder: Path) -> ImageProcessor | None:
             continue
         config = read_json(path)
         config = config.get("image_processor", config)
+        if config.get("feature_extractor_type") in _NOT_IMAGES:
+            continue
         if "image_processor_type" in config or "feature_extractor_type" in config:
             return ImageProcessor.from_dict(config, str(path))
     return None

@@ -1,4 +1,4 @@
-"""Tokenizer, chat template and image processor of a Hugging Face checkpoint folder.
+"""Tokenizer, chat template, image and audio processor of a Hugging Face checkpoint folder.
 
 ``tokenizer.json`` is used as it stands, as the model was trained with it. Nothing here needs torch.
 """
@@ -17,6 +17,8 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from aa_jax.data.audio_chat import AUDIO_TOKEN, QWEN2_AUDIO_TEMPLATE
+from aa_jax.data.audio_features import AudioProcessor, load_audio_processor
 from aa_jax.data.chat import CLOSE, OPEN, ChatTemplate
 from aa_jax.data.example import InvalidRow, Message, message
 from aa_jax.data.images import ImageProcessor, load_image_processor, read_json
@@ -46,9 +48,12 @@ class Processor:
       patch_size: edge of a vision patch, pixels.
       vision_feature_select_strategy: ``default`` drops the tower's first token, ``full`` keeps it.
       num_additional_image_tokens: tokens the tower adds to its patches (CLS: 1).
+      audio_processor: how log-mel features are made; None for a model that does not hear.
+      audio_token: the special token that stands for an audio clip.
 
     Raises:
-      CheckpointError: an image processor without image token or patch size.
+      CheckpointError: an image processor without image token or patch size, or an audio processor
+        without audio token.
     """
 
     def __init__(
@@ -61,6 +66,8 @@ class Processor:
         patch_size: int | None = None,
         vision_feature_select_strategy: str = "default",
         num_additional_image_tokens: int = 1,
+        audio_processor: AudioProcessor | None = None,
+        audio_token: str = AUDIO_TOKEN,
     ):
         self.tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
@@ -72,9 +79,12 @@ class Processor:
         self.patch_size = patch_size
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.num_additional_image_tokens = num_additional_image_tokens
+        self.audio_processor = audio_processor
+        self.audio_token = audio_token if audio_processor else None
         added = tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special}
-        special |= {t for t in (tokenizer.bos_token, tokenizer.eos_token, self.image_token) if t}
+        named = (tokenizer.bos_token, tokenizer.eos_token, self.image_token, self.audio_token)
+        special |= {t for t in named if t}
         # A turn may end with a token that is added but not marked special.
         self._added = re.compile(
             r"(\s*)(" + "|".join(re.escape(t.content) for t in added if t.content.strip()) + ")"
@@ -82,6 +92,7 @@ class Processor:
             else r"(?!)()"
         )
         self.image_token_id: int | None = None
+        self.audio_token_id: int | None = None
         placeholders = {}
         if image_processor is not None:
             if patch_size is None:
@@ -89,18 +100,24 @@ class Processor:
                     "The checkpoint makes pixels but gives no patch_size: it belongs into "
                     "processor_config.json, or vision_config of config.json."
                 )
-            self.image_token_id = self._backend.token_to_id(image_token)
-            if self.image_token_id is None:
-                raise CheckpointError(
-                    f"The tokenizer has no token {image_token!r} to stand for an image; add it "
-                    "as a special token, or name the right one as image_token in "
-                    "processor_config.json."
-                )
+            self.image_token_id = self._placeholder_id("image", image_token)
             placeholders["image"] = image_token
+        if audio_processor is not None:
+            self.audio_token_id = self._placeholder_id("audio", audio_token)
+            placeholders["audio"] = audio_token
         self.chat = ChatTemplate(tokenizer, chat_template, placeholders, sorted(special))
         end = self.split_end(self._tail())[2]
         if end and end not in special:
             self.chat = ChatTemplate(tokenizer, chat_template, placeholders, [*special, end])
+
+    def _placeholder_id(self, kind: str, token: str) -> int:
+        index = self._backend.token_to_id(token)
+        if index is None:
+            raise CheckpointError(
+                f"The tokenizer has no token {token!r} to stand for an {kind}; add it as a special "
+                f"token, or name the right one as {kind}_token in processor_config.json."
+            )
+        return index
 
     # From and to a folder -------------------------------------------------------------------------
 
@@ -111,8 +128,8 @@ class Processor:
         """Loads a checkpoint folder.
 
         Args:
-          folder: with ``tokenizer.json``; for image models also ``preprocessor_config.json`` or a
-            ``processor_config.json`` that holds the image processor.
+          folder: with ``tokenizer.json``; for image and audio models also
+            ``preprocessor_config.json``, or a ``processor_config.json`` that holds the processor.
           media: False reads a multimodal folder as a text model.
           chat_template: replaces the folder's own.
 
@@ -138,8 +155,12 @@ class Processor:
             settings = _vision_settings(folder)
             settings["image_processor"] = image_processor
         source = chat_template or _chat_source(folder, tokenizer)
+        if media and (audio_processor := load_audio_processor(folder)) is not None:
+            settings |= _named(folder, ("audio_token",)) | {"audio_processor": audio_processor}
+            # The tokenizer's own template is for text alone; transformers does not use it either.
+            source = chat_template or _chat_source(folder, None) or QWEN2_AUDIO_TEMPLATE
         processor = cls(tokenizer, chat_template=source, **settings)
-        processor._check_image_token(folder)
+        processor._check_media_tokens(folder)
         return processor
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -148,6 +169,10 @@ class Processor:
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.chat_template = self.chat.source
         self.tokenizer.save_pretrained(str(folder))
+        if self.audio_processor is not None:
+            named = {"processor_class": "Qwen2AudioProcessor", "audio_token": self.audio_token}
+            _write(folder / "processor_config.json", named)
+            _write(folder / "preprocessor_config.json", self.audio_processor.to_dict())
         if self.image_processor is None:
             return
         processor = {
@@ -157,25 +182,20 @@ class Processor:
             "vision_feature_select_strategy": self.vision_feature_select_strategy,
             "num_additional_image_tokens": self.num_additional_image_tokens,
         }
-        files = {
-            "processor_config.json": processor,
-            "preprocessor_config.json": self.image_processor.to_dict(),
-        }
-        for name, value in files.items():
-            text = json.dumps(value, indent=2, sort_keys=True)
-            (folder / name).write_text(text + "\n", encoding="utf-8")
+        _write(folder / "processor_config.json", processor)
+        _write(folder / "preprocessor_config.json", self.image_processor.to_dict())
 
-    def _check_image_token(self, folder: Path) -> None:
+    def _check_media_tokens(self, folder: Path) -> None:
         path = folder / "config.json"
-        if self.image_token_id is None or not path.is_file():
-            return
-        config = read_json(path)
-        index = config.get("image_token_index", config.get("image_token_id"))
-        if index is not None and index != self.image_token_id:
-            raise CheckpointError(
-                f"{path} says image_token_index {index}, but the tokenizer's {self.image_token!r} "
-                f"is {self.image_token_id}: tokenizer and model do not belong together."
-            )
+        config = read_json(path) if path.is_file() else {}
+        for kind in ("image", "audio"):
+            own, token = getattr(self, f"{kind}_token_id"), getattr(self, f"{kind}_token")
+            index = config.get(f"{kind}_token_index", config.get(f"{kind}_token_id"))
+            if None not in (own, index) and index != own:
+                raise CheckpointError(
+                    f"{path} says {kind}_token_index {index}, but the tokenizer's {token!r} is "
+                    f"{own}: tokenizer and model do not belong together."
+                )
 
     # Text -----------------------------------------------------------------------------------------
 
@@ -346,10 +366,7 @@ class Processor:
 def _vision_settings(folder: Path) -> dict[str, Any]:
     """Image token, patch size and which tower outputs count, from either config file."""
     names = ("image_token", "patch_size", "vision_feature_select_strategy")
-    names += ("num_additional_image_tokens",)
-    path = folder / "processor_config.json"
-    config = read_json(path) if path.is_file() else {}
-    settings = {name: config[name] for name in names if config.get(name) is not None}
+    settings = _named(folder, (*names, "num_additional_image_tokens"))
     if (folder / "config.json").is_file():
         model = read_json(folder / "config.json")
         vision = model.get("vision_config") or {}
@@ -363,13 +380,24 @@ def _vision_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
+def _named(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Those of the settings that processor_config.json gives."""
+    path = folder / "processor_config.json"
+    config = read_json(path) if path.is_file() else {}
+    return {name: config[name] for name in names if config.get(name) is not None}
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _chat_source(folder: Path, tokenizer: Any) -> str | None:
-    """The chat template: its own file, the processor's, or the tokenizer's."""
+    """The chat template: its own file, the processor's, or the tokenizer's (if one is given)."""
     if (path := folder / "chat_template.jinja").is_file():
         return path.read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json"):
         if (folder / name).is_file():
             if source := read_json(folder / name).get("chat_template"):
                 return source
-    source = tokenizer.chat_template
+    source = None if tokenizer is None else tokenizer.chat_template
     return source.get("default") if isinstance(source, dict) else source

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
+from aa_jax.data.audio import audio_length, decode_audio
 from aa_jax.data.example import Example, InvalidRow, Message
 from aa_jax.data.media import image_size
 from aa_jax.data.processor import Processor, Tokens
@@ -48,13 +49,15 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What an example needs: prompt, response and extra trained tokens, images of which size."""
+    """What an example needs: prompt, response and extra trained tokens, images of which size, and
+    the shapes of its other media arrays."""
 
     prompt: int
     responses: tuple[int, ...] = ()
     trained: int = 0
     images: int = 0
     image_size: tuple[int, int] | None = None
+    media: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +71,13 @@ class Encoded:
       feature_index: [P] int32, which media feature stands at this token; -1 is text.
       trained: [P] bool, prompt tokens to train as well (earlier assistant turns).
       images: I, number of images.
-      media: arrays for the tower, e.g. ``pixel_values`` [I, 3, H, W] float32; empty when only
-        lengths were asked for.
+      media: arrays for the tower, one entry per item in front: ``pixel_values`` [I, 3, H, W], or
+        ``input_features`` [A, mels, frames] and ``feature_lengths`` [A]; empty when only lengths
+        were asked for.
       where: ``file:row``.
       meta: copied from the example.
       image_size: (height, width) of the pixels, None without images.
+      media_shapes: of the arrays in ``media`` other than pixels, known without decoding.
     """
 
     prompt: Int[np.ndarray, " P"]
@@ -85,13 +90,27 @@ class Encoded:
     where: str = ""
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     image_size: tuple[int, int] | None = None
+    media_shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def sizes(self) -> Sizes:
         """Lengths alone."""
         responses = tuple(map(len, self.responses))
-        trained = int(self.trained.sum())
-        return Sizes(len(self.prompt), responses, trained, self.images, self.image_size)
+        trained, prompt = int(self.trained.sum()), len(self.prompt)
+        return Sizes(
+            prompt, responses, trained, self.images, self.image_size, dict(self.media_shapes)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaArrays:
+    """The media of a prompt: features per item in order of appearance, arrays and their shapes."""
+
+    counts: list[int]
+    arrays: dict[str, np.ndarray]
+    images: int = 0
+    image_size: tuple[int, int] | None = None
+    shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
 NO_LIMITS = Limits()
@@ -112,7 +131,7 @@ def encode_example(
       processor: of the checkpoint.
       limits: lengths, and which turns are trained.
       pixels: False leaves ``media`` empty (for measuring lengths without decoding).
-      root: folder of relative image paths, needed only for image sizes without ``pixels``.
+      root: folder of relative media paths, needed for audio files and, without ``pixels``, images.
 
     Raises:
       InvalidRow: too long or empty; the reason is counted by the caller.
@@ -125,12 +144,12 @@ def encode_example(
     trained = np.zeros(len(tokens.ids), bool)
     if limits.train_on == "all":
         trained = _earlier_turns(example, processor, text, tokens)
-    counts, media, image_size = _media(example, processor, pixels, root)
+    media = _media(example, processor, pixels, root)
     ids = np.asarray(tokens.ids, np.int32)
-    repeats, feature_index = _expand(ids, counts, processor, where)
+    repeats, feature_index = _expand(ids, media.counts, processor, where)
     prompt = np.repeat(ids, repeats)
     responses, ended = [], []
-    _check_prompt(len(prompt), sum(counts), limits, bool(example.responses), where)
+    _check_prompt(len(prompt), sum(media.counts), limits, bool(example.responses), where)
     for response in example.responses:
         answer = _response_ids(example, response, processor, text, tokens)
         answer, whole = _fit(answer, len(prompt), limits, where)
@@ -142,11 +161,12 @@ def encode_example(
         tuple(ended),
         feature_index,
         np.repeat(trained, repeats),
-        len(counts),
-        media,
+        media.images,
+        media.arrays,
         where,
         dict(example.meta),
-        image_size,
+        media.image_size,
+        media.shapes,
     )
 
 
@@ -248,41 +268,82 @@ def _earlier_turns(
     return marked
 
 
-def _media(
-    example: Example, processor: Processor, pixels: bool, root: str | None
-) -> tuple[list[int], dict[str, Float[np.ndarray, "I 3 H W"]], tuple[int, int] | None]:
-    """Feature count of each input image, the pixels, and their (height, width)."""
+def _media(example: Example, processor: Processor, pixels: bool, root: str | None) -> MediaArrays:
+    """Features per item of the prompt, and the arrays they are made of."""
     where = example.where or "An example"
     used = [part for message in example.messages for part in message.media]
-    counts, arrays, sizes = [], [], set()
     for part in used:
         if not 0 <= part.index < len(example.media):
             raise MediaError(
                 f"{where}: a message refers to media {part.index}, but the example holds "
                 f"{len(example.media)}."
             )
-        if part.type != "image":
-            raise DataError(
-                f"{where}: this checkpoint's processor reads no {part.type}. Use a model for this "
-                "modality."
-            )
-        item = example.media[part.index]
+    kinds = {part.type for part in used}
+    items = [example.media[part.index] for part in used]
+    if kinds == {"audio"} and processor.audio_processor is not None:
+        return _audio(items, processor, pixels, root, example.where)
+    if kinds - {"image"} or (kinds and processor.image_processor is None):
+        raise DataError(
+            f"{where}: this checkpoint's processor does not read {' and '.join(sorted(kinds))}. "
+            "Use a model for this modality."
+        )
+    return _images(items, processor, pixels, root, example.where)
+
+
+def _images(
+    items: Sequence[Any], processor: Processor, pixels: bool, root: str | None, where: str
+) -> MediaArrays:
+    counts, arrays, sizes = [], [], set()
+    for item in items:
         if pixels:
             arrays.append(processor.pixels(item))
             given = (item.height, item.width)
         elif processor.fixed_feature_count is None:
-            given = image_size(item, root=root, where=example.where)
+            given = image_size(item, root=root, where=where)
         else:
             given = (1, 1)  # any size gives the same
         counts.append(processor.feature_count(*given))
         sizes.add(processor.image_processor.output_size(*given))
     if len(sizes) > 1:
         raise MediaError(
-            f"{where}: its images have different sizes after processing: {sorted(sizes)}. One "
-            "batch needs one size: set do_center_crop, or a fixed height and width, in "
-            "preprocessor_config.json."
+            f"{where or 'An example'}: its images have different sizes after processing: "
+            f"{sorted(sizes)}. One batch needs one size: set do_center_crop, or a fixed height and "
+            "width, in preprocessor_config.json."
         )
-    return counts, {"pixel_values": np.stack(arrays)} if arrays else {}, next(iter(sizes), None)
+    media = {"pixel_values": np.stack(arrays)} if arrays else {}
+    return MediaArrays(counts, media, len(counts), next(iter(sizes), None))
+
+
+def _audio(
+    items: Sequence[Any], processor: Processor, pixels: bool, root: str | None, where: str
+) -> MediaArrays:
+    """Log-mel features, cut behind what the tower reads of the longest clip."""
+    extractor = processor.audio_processor
+    rate, clips, lengths = extractor.sampling_rate, [], []
+    for item in items:
+        if pixels:
+            clips.append(decode_audio(item, rate, root=root, where=where))
+            lengths.append(len(clips[-1]))
+        else:
+            lengths.append(audio_length(item, rate, root=root, where=where))
+    try:
+        counts = [extractor.feature_count(samples, where) for samples in lengths]
+    except MediaError as error:
+        raise InvalidRow("audio too long or too short", str(error)) from error
+    frames = [extractor.frame_count(samples) for samples in lengths]
+    width = extractor.width(max(frames))
+    shapes = {
+        "input_features": (len(items), extractor.feature_size, width),
+        "feature_lengths": (len(items),),
+    }
+    arrays = {}
+    if pixels:
+        made = [extractor(clip, where=where)[:, :width] for clip in clips]
+        arrays = {
+            "input_features": np.stack(made),
+            "feature_lengths": np.asarray(frames, np.int32),
+        }
+    return MediaArrays(counts, arrays, shapes=shapes)
 
 
 def _expand(
@@ -290,20 +351,22 @@ def _expand(
 ) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " P"]]:
     """How often each id is repeated, and the feature that stands at each repeated id."""
     repeats = np.ones(len(ids), np.int64)
-    image_id = processor.image_token_id
-    at = np.flatnonzero(ids == (-1 if image_id is None else image_id))
+    kinds = [k for k in ("image", "audio") if getattr(processor, f"{k}_token_id") is not None]
+    at = np.flatnonzero(np.isin(ids, [getattr(processor, f"{k}_token_id") for k in kinds]))
     if len(at) != len(counts):
+        names = " or ".join(repr(getattr(processor, f"{k}_token")) for k in kinds) or "at all"
+        what = " or ".join(f"{kind}s" if kind == "image" else "clips" for kind in kinds) or "media"
         raise MediaError(
-            f"{where or 'An example'}: {len(counts)} images, but the chat template writes "
-            f"{len(at)} placeholders {processor.image_token!r}. Use the chat template that belongs "
-            "to this checkpoint."
+            f"{where or 'An example'}: {len(counts)} {what}, but the chat template writes "
+            f"{len(at)} placeholders {names}. Use the chat template that belongs to this "
+            "checkpoint."
         )
     if len(at):
         repeats[at] = counts
-    is_image = np.zeros(len(ids), bool)
-    is_image[at] = True
-    is_image = np.repeat(is_image, repeats)
-    index = np.where(is_image, np.cumsum(is_image) - 1, -1)
+    is_media = np.zeros(len(ids), bool)
+    is_media[at] = True
+    is_media = np.repeat(is_media, repeats)
+    index = np.where(is_media, np.cumsum(is_media) - 1, -1)
     return repeats, index.astype(np.int32)
 
 
@@ -316,7 +379,7 @@ def _check_prompt(length: int, features: int, limits: Limits, answered: bool, wh
     if allowed is not None and length > allowed:
         raise InvalidRow(
             "prompt too long",
-            f"{where or 'An example'}: the prompt has {length} tokens ({features} of them image "
+            f"{where or 'An example'}: the prompt has {length} tokens ({features} of them media "
             f"features), {allowed} fit. A prompt is never cut; raise {name}.",
         )
 
