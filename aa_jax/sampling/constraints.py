@@ -194,7 +194,9 @@ class ImageSpans:
         left = jnp.where(begun, self.length, jnp.maximum(state["left"] - 1, -1))
         return {"left": left, "images": state["images"] + begun.astype(jnp.int32)}
 
-    def split(self, ids: Sequence[int], where: str = "") -> list[tuple[str, np.ndarray]]:
+    def split(
+        self, ids: Sequence[int] | np.ndarray, where: str = ""
+    ) -> list[tuple[str, np.ndarray]]:
         """A response in pieces: ("text", ids) and ("image", its `length` tokens), in order.
 
         Args:

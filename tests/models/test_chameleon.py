@@ -292,6 +292,7 @@ def test_sampled_images_become_pixels(small, chameleon):
     samples = generate(sampler, params, batch, np.arange(2))
     tokenizer = build_tokenizer(config)
     vq = {**tokenizer.init(jax.random.key(0)), **params["vq"]}
+    decode = jax.jit(tokenizer.decode)
     for ids, mask in zip(samples.tokens, samples.mask, strict=True):
         pieces = [
             piece for kind, piece in constraint.split(ids[: int(mask.sum())]) if kind == "image"
@@ -299,7 +300,7 @@ def test_sampled_images_become_pixels(small, chameleon):
         assert len(pieces) == 1 and pieces[0].shape == (SPAN,)
         codes = images.codes(pieces[0])
         np.testing.assert_array_equal(40 + ORDER[codes], pieces[0])
-        pixels = tokenizer.decode(vq, codes.reshape(1, EDGE // 2, EDGE // 2))
+        pixels = decode(vq, codes.reshape(1, EDGE // 2, EDGE // 2))
         assert pixels.shape == (1, 3, EDGE, EDGE) and np.isfinite(pixels).all()
     with pytest.raises(MediaError, match="Token 7 is no piece of an image"):
         images.codes(np.array([41, 7]))
@@ -366,6 +367,7 @@ def test_refusals(small, chameleon):
     partial = models.build({**config, "vocabulary_map": named})
     batch = pixel_batch(chameleon, [20, 19], 20, [1, 1])
     with pytest.raises(ModelError, match="does not name a token for each of the 20 codes"):
-        partial.encode_media(params, batch["media"])
-    with pytest.raises(ModelError, match="'media' or features.*already tokens need neither"):
-        model.hidden_states(params, {k: v for k, v in batch.items() if k != "media"})
+        jax.eval_shape(partial.encode_media, params, batch["media"])
+    without = {k: v for k, v in batch.items() if k != "media"}
+    with pytest.raises(ModelError, match="'media' or features"):
+        jax.eval_shape(model.hidden_states, params, without)

@@ -210,14 +210,18 @@ def test_packing_prefixes_and_scores(small, qwen):
     # The first example's last two tokens and one other answer, behind what comes before them.
     prompt, end = int(lengths[0]) - 2, int(lengths[0])
     pair = {key: value[:1].copy() for key, value in apart.items() if key != "media"}
-    pair["media"] = {key: value[:1] for key, value in apart["media"].items()}
+    pair["media"] = {
+        "input_features": row["media"]["input_features"],
+        "feature_lengths": np.array([[20, 9, 0]], np.int32),
+    }
     pair["tokens"][0, end] = 33
     pair["positions"][0, end] = prompt
     pair["intervals"][0, prompt:end, 1] = prompt
     pair["intervals"][0, prompt:end, 2] = prompt
     pair["intervals"][0, end] = [0, prompt, end, end + 1]
+    pair["last_positions"] = np.array([[end - 1, end]], np.int32)  # one program for all rows
     other = {key: value[:1].copy() for key, value in apart.items() if key != "media"}
-    other["media"] = pair["media"]
+    other |= {key: pair[key] for key in ("media", "last_positions")}
     other["tokens"][0, prompt] = 33
     shared = np.asarray(hidden(backbone, pair))[0]
     np.testing.assert_allclose(shared[:end], expected[0, :end], atol=1e-5)
@@ -309,9 +313,9 @@ def test_refusals(small, qwen):
     for shape in ((1, 1, MELS, 50), (1, 1, MELS + 1, 48), (1, 1, MELS, 47)):
         media = {**batch["media"], "input_features": np.zeros(shape, np.float32)}
         with pytest.raises(MediaError, match=r"10 mel bands and up to 48 frames"):
-            model.encode_media(params, media)
+            jax.eval_shape(model.encode_media, params, media)
     wrong = {k: v for k, v in batch.items() if k != "media"}
     with pytest.raises(ModelError, match="'media' or features"):
-        model.hidden_states(params, wrong)
+        jax.eval_shape(model.hidden_states, params, wrong)
     batch["feature_index"][0, 3] = 5  # five features are there: 0 to 4
-    assert np.isnan(np.asarray(model.hidden_states(params, batch))[0, 3:7]).all()
+    assert np.isnan(np.asarray(jax.jit(model.hidden_states)(params, batch))[0, 3:7]).all()

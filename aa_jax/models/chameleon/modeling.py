@@ -18,8 +18,8 @@ from aa_jax.errors import ModelError
 from aa_jax.models.chameleon.vocabulary import ImageVocabulary
 from aa_jax.models.chameleon.vq import VQ, VQConfig
 from aa_jax.models.config import Reader
-from aa_jax.models.decoder import Batch, Cache, Decoder, DecoderConfig, Defaults, read_sizes
-from aa_jax.models.layers import place_features
+from aa_jax.models.decoder import Decoder, DecoderConfig, Defaults, read_sizes
+from aa_jax.models.multimodal import Multimodal
 
 DEFAULTS = Defaults(
     vocab_size=65536,
@@ -76,7 +76,7 @@ class ChameleonConfig:
         return self.vq.tokens_per_image
 
 
-class Chameleon(nnx.Module):
+class Chameleon(Multimodal):
     """The family interface of `models.functional` for text and images, both in and out."""
 
     def __init__(
@@ -121,36 +121,3 @@ class Chameleon(nnx.Module):
         )
         x = self.language_model.embed(tokens[..., 0].astype(jnp.int32), self.dtype)
         return x.reshape(x.shape[0], -1, x.shape[-1])
-
-    def embed(self, batch: Batch, features: Float[Array, "B F D"] | None) -> Float[Array, "B T D"]:
-        """Token embeddings with the features put where their tokens stand."""
-        x = self.language_model.embed(batch["tokens"], self.dtype)
-        if features is None and "media" in batch:
-            features = self.encode_media(batch["media"])
-        if (features is None) != ("feature_index" not in batch):
-            raise ModelError(
-                "A batch with pixels needs both 'feature_index' and either 'media' or features; "
-                f"this one has {sorted(batch)} and features "
-                f"{'given' if features is not None else 'absent'}. Images that are already tokens "
-                "need neither."
-            )
-        if features is None:
-            return x
-        return place_features(x, features, batch["feature_index"])
-
-    def hidden_states(
-        self, batch: Batch, features: Float[Array, "B F D"] | None
-    ) -> Float[Array, "B T D"]:
-        """Family interface."""
-        x = self.embed(batch, features)
-        return self.language_model.run(x, batch["positions"], batch["intervals"])
-
-    def prefill(
-        self, batch: Batch, cache_size: int, features: Float[Array, "B F D"] | None
-    ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Family interface."""
-        return self.language_model.run_prefill(self.embed(batch, features), batch, cache_size)
-
-    def decode(self, tokens: Int[Array, "B"], cache: Cache) -> tuple[Float[Array, "B D"], Cache]:
-        """Family interface."""
-        return self.language_model.decode(tokens, cache)

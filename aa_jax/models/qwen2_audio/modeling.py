@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from aa_jax.errors import ModelError
 from aa_jax.models.config import Reader
-from aa_jax.models.decoder import Batch, Cache, Decoder
-from aa_jax.models.layers import Linear, place_features
+from aa_jax.models.decoder import Decoder
+from aa_jax.models.layers import Linear
+from aa_jax.models.multimodal import Multimodal
 from aa_jax.models.qwen.modeling import Qwen2Config
 from aa_jax.models.whisper.modeling import AudioEncoder, AudioEncoderConfig, pooled_length
 
@@ -52,7 +52,7 @@ class Qwen2AudioConfig:
         return cls(text=text, audio=audio, audio_token_id=token)
 
 
-class Qwen2Audio(nnx.Module):
+class Qwen2Audio(Multimodal):
     """The family interface of `models.functional` for audio and text.
 
     media: "input_features" [B, A, mels, frames], log-mel spectrograms of up to A clips per row, and
@@ -75,10 +75,6 @@ class Qwen2Audio(nnx.Module):
         )
         self.language_model = Decoder(config.text, **kwargs)
         self.config, self.dtype = config, dtype
-
-    def head_weight(self) -> Float[Array, "V D"]:
-        """The output head, one row per token of the vocabulary."""
-        return self.language_model.head_weight()
 
     def tower_features(self, media: dict[str, Any]) -> Float[Array, "B A F Da"]:
         """What the projector reads, F vectors per clip."""
@@ -106,36 +102,3 @@ class Qwen2Audio(nnx.Module):
         x = jnp.take_along_axis(x.reshape(rows, clips * most, dim), order[..., None], axis=1)
         real = jnp.take_along_axis(real, order, axis=1)
         return jnp.where(real[..., None], x, jnp.nan)
-
-    def embed(self, batch: Batch, features: Float[Array, "B F D"] | None) -> Float[Array, "B T D"]:
-        """Token embeddings with the features put where their tokens stand."""
-        x = self.language_model.embed(batch["tokens"], self.dtype)
-        if features is None and "media" in batch:
-            features = self.encode_media(batch["media"])
-        if (features is None) != ("feature_index" not in batch):
-            raise ModelError(
-                "A batch with audio needs both 'feature_index' and either 'media' or features; "
-                f"this one has {sorted(batch)} and features "
-                f"{'given' if features is not None else 'absent'}. Build it with "
-                "aa_jax.data.collate, or drop the audio for a text-only batch."
-            )
-        if features is None:
-            return x
-        return place_features(x, features, batch["feature_index"])
-
-    def hidden_states(
-        self, batch: Batch, features: Float[Array, "B F D"] | None
-    ) -> Float[Array, "B T D"]:
-        """Family interface."""
-        x = self.embed(batch, features)
-        return self.language_model.run(x, batch["positions"], batch["intervals"])
-
-    def prefill(
-        self, batch: Batch, cache_size: int, features: Float[Array, "B F D"] | None
-    ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Family interface."""
-        return self.language_model.run_prefill(self.embed(batch, features), batch, cache_size)
-
-    def decode(self, tokens: Int[Array, "B"], cache: Cache) -> tuple[Float[Array, "B D"], Cache]:
-        """Family interface."""
-        return self.language_model.decode(tokens, cache)
