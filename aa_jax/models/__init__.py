@@ -24,6 +24,9 @@ from aa_jax.models.names import Names
 from aa_jax.models.qwen import modeling as _qwen
 from aa_jax.models.qwen2_audio import modeling as _qwen2_audio
 from aa_jax.models.qwen2_audio.params import names as _qwen2_audio_names
+from aa_jax.models.qwen2_vl import config as _qwen2_vl_config
+from aa_jax.models.qwen2_vl.modeling import Qwen2VL as _Qwen2VL
+from aa_jax.models.qwen2_vl.params import names as _qwen2_vl_names
 
 __all__ = ["ARCHITECTURES", "Family", "Model", "Params", "build", "load", "save"]
 
@@ -55,6 +58,12 @@ ARCHITECTURES: dict[str, Family] = {
     "ChameleonForConditionalGeneration": Family(
         "chameleon", _chameleon.ChameleonConfig, _chameleon.Chameleon, _chameleon_names
     ),
+    "Qwen2VLForConditionalGeneration": Family(
+        "qwen2_vl", _qwen2_vl_config.Qwen2VLConfig, _Qwen2VL, _qwen2_vl_names
+    ),
+    "Qwen2_5_VLForConditionalGeneration": Family(
+        "qwen2_5_vl", _qwen2_vl_config.Qwen25VLConfig, _Qwen2VL, _qwen2_vl_names
+    ),
 }
 _MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
@@ -63,6 +72,8 @@ _MODEL_TYPES = {
     "llava": "LlavaForConditionalGeneration",
     "qwen2_audio": "Qwen2AudioForConditionalGeneration",
     "chameleon": "ChameleonForConditionalGeneration",
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
 }
 
 

@@ -20,6 +20,14 @@ CLASSES = {
     "LlamaForCausalLM": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "Qwen2ForCausalLM": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "Qwen3ForCausalLM": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "Qwen2VLForConditionalGeneration": (
+        transformers.Qwen2VLConfig,
+        transformers.Qwen2VLForConditionalGeneration,
+    ),
+    "Qwen2_5_VLForConditionalGeneration": (
+        transformers.Qwen2_5_VLConfig,
+        transformers.Qwen2_5_VLForConditionalGeneration,
+    ),
     "LlavaForConditionalGeneration": (
         transformers.LlavaConfig,
         transformers.LlavaForConditionalGeneration,
