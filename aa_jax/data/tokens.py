@@ -111,6 +111,7 @@ class MediaArrays:
     images: int = 0
     image_size: tuple[int, int] | None = None
     shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    kind: str = "image"
 
 
 NO_LIMITS = Limits()
@@ -149,7 +150,8 @@ def encode_example(
     repeats, feature_index = _expand(ids, media.counts, processor, where)
     prompt = np.repeat(ids, repeats)
     responses, ended = [], []
-    _check_prompt(len(prompt), sum(media.counts), limits, bool(example.responses), where)
+    features = f"{sum(media.counts)} of them {media.kind} features"
+    _check_prompt(len(prompt), features, limits, bool(example.responses), where)
     for response in example.responses:
         answer = _response_ids(example, response, processor, text, tokens)
         answer, whole = _fit(answer, len(prompt), limits, where)
@@ -343,7 +345,7 @@ def _audio(
             "input_features": np.stack(made),
             "feature_lengths": np.asarray(frames, np.int32),
         }
-    return MediaArrays(counts, arrays, shapes=shapes)
+    return MediaArrays(counts, arrays, shapes=shapes, kind="audio")
 
 
 def _expand(
@@ -370,7 +372,7 @@ def _expand(
     return repeats, index.astype(np.int32)
 
 
-def _check_prompt(length: int, features: int, limits: Limits, answered: bool, where: str) -> None:
+def _check_prompt(length: int, features: str, limits: Limits, answered: bool, where: str) -> None:
     allowed = limits.max_prompt_length
     name = "max_prompt_length"
     if allowed is None and limits.max_length is not None:
@@ -379,8 +381,8 @@ def _check_prompt(length: int, features: int, limits: Limits, answered: bool, wh
     if allowed is not None and length > allowed:
         raise InvalidRow(
             "prompt too long",
-            f"{where or 'An example'}: the prompt has {length} tokens ({features} of them media "
-            f"features), {allowed} fit. A prompt is never cut; raise {name}.",
+            f"{where or 'An example'}: the prompt has {length} tokens ({features}), "
+            f"{allowed} fit. A prompt is never cut; raise {name}.",
         )
 
 

@@ -1,9 +1,10 @@
 """Training an image tokenizer: reconstruction, codebook and commitment."""
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from aa_jax.losses.base import Loss, Ratio, ratio, total_loss
+from aa_jax.losses.base import Loss, Ratio, counted, ratio, total_loss
 
 
 def vq_loss(
@@ -37,16 +38,17 @@ def vq_loss(
       ``quantisation`` (squared distance to the codebook per dimension).
     """
 
-    def mean(values: Float[Array, "B *rest"]) -> Ratio:
-        rows = row_mask.reshape(-1, *(1 for _ in values.shape[1:]))
-        return ratio(values, jax.numpy.broadcast_to(rows, values.shape))
+    def distance(a: Float[Array, "B *rest"], b: Float[Array, "B *rest"]) -> Ratio:
+        rows = row_mask.reshape(-1, *(1 for _ in a.shape[1:]))
+        weights = jnp.broadcast_to(rows, a.shape)
+        return ratio((counted(a, weights) - counted(b, weights)) ** 2, weights)
 
-    error = mean((pixels - reconstruction) ** 2)
+    error = distance(pixels, reconstruction)
     if latents is None:
         return total_loss(error), {"loss": error, "mse": error}
     stopped = jax.lax.stop_gradient
-    codebook = mean((stopped(latents) - vectors) ** 2)
-    commitment = mean((latents - stopped(vectors)) ** 2)
+    codebook = distance(stopped(latents), vectors)
+    commitment = distance(latents, stopped(vectors))
     drawn = Ratio(codebook.total + beta * commitment.total, codebook.count)
     terms = (error, drawn)
     return total_loss(terms), {"loss": terms, "mse": error, "quantisation": codebook}
