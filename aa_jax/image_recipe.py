@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def digits_config(
-    max_digits: int = 3, *, codes: int = 128, embed_dim: int = 8, patch: int = 4
+    max_digits: int = 3, *, codes: int = 256, embed_dim: int = 8, patch: int = 4
 ) -> dict[str, Any]:
     """A `ChameleonVQVAE` config for strips of digits.
 
@@ -107,9 +107,9 @@ def train_tokenizer(
     max_digits: int = 3,
     seed: int = 0,
     batch_rows: int = 16,
-    continuous_steps: int = 150,
-    steps: int = 150,
-    lr: float = 2e-3,
+    continuous_steps: int = 400,
+    steps: int = 600,
+    lr: float = 3e-3,
     beta: float = 0.25,
     log_every: int = 10,
     test_strips: int = 128,

@@ -213,6 +213,7 @@ def _packed_shapes(sizes: Sequence[Sizes], single: Shapes, length: int) -> Shape
         length=max(length, single.length),
         response_length=max(single.response_length, int(np.ceil(share * slots))),
         images=max(single.images, int(np.ceil(share * np.mean([s.images for s in sizes])))),
+        patches=max(single.patches, int(np.ceil(share * np.mean([s.patches for s in sizes])))),
         media={
             name: (max(most, int(np.ceil(share * _mean_items(sizes, name)))), *shape)
             for name, (most, *shape) in single.media.items()

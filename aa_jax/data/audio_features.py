@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from aa_jax.data.audio import audio_length, decode_audio
+from aa_jax.data.example import InvalidRow
 from aa_jax.data.images import read_json
-from aa_jax.errors import CheckpointError, MediaError
+from aa_jax.errors import CheckpointError
 
 NAME = "WhisperFeatureExtractor"
 _FLOOR = 1e-10
@@ -70,23 +72,25 @@ class AudioProcessor:
         pooling halve the frames, each rounding as its kernel does.
 
         Raises:
-          MediaError: the clip is longer than a chunk, or too short for one feature.
+          InvalidRow: the clip is longer than a chunk, or too short for one feature.
         """
         self._check(samples, where)
         count = ((self.frame_count(samples) - 1) // 2 + 1 - 2) // 2 + 1
         if count < 1:
-            raise MediaError(
+            raise InvalidRow(
+                "audio too short",
                 f"{where or 'A row'}: the audio clip is {samples} samples long at "
-                f"{self.sampling_rate} Hz, too short for one feature. Remove the row."
+                f"{self.sampling_rate} Hz, too short for one feature. Remove the row.",
             )
         return count
 
     def _check(self, samples: int, where: str) -> None:
         if samples > self.samples:
-            raise MediaError(
+            raise InvalidRow(
+                "audio too long",
                 f"{where or 'A row'}: the audio clip lasts {samples / self.sampling_rate:.1f} s, "
                 f"the model hears {self.chunk_length} s. Cut it into clips that fit; nothing is "
-                "dropped from its end unasked."
+                "dropped from its end unasked.",
             )
 
     def __call__(
@@ -100,7 +104,7 @@ class AudioProcessor:
           where: ``file:row`` for the error.
 
         Raises:
-          MediaError: the clip is too long and may not be cut.
+          InvalidRow: the clip is too long and may not be cut.
         """
         if not truncate:
             self._check(len(waveform), where)
@@ -124,6 +128,28 @@ class AudioProcessor:
         logs[:, :heard] = np.log10(mels)
         logs = np.maximum(logs, logs.max() - 8.0)
         return (logs + 4.0) / 4.0
+
+    def prepare(
+        self, item: Any, *, features: bool, root: str | None = None, where: str = ""
+    ) -> tuple[int, int, Float[np.ndarray, "mels frames"] | None]:
+        """A clip of a dataset -> (features in the text, frames that are not padding, log-mels).
+
+        Args:
+          item: any reference to the clip, see `decode_audio`.
+          features: False works out lengths alone, from the header.
+          root: folder of relative paths.
+          where: ``file:row`` for errors.
+
+        Raises:
+          MediaError: it cannot be read.
+          InvalidRow: it is too long or too short.
+        """
+        if not features:
+            length = audio_length(item, self.sampling_rate, root=root, where=where)
+            return self.feature_count(length, where), self.frame_count(length), None
+        samples = decode_audio(item, self.sampling_rate, root=root, where=where)
+        count, frames = self.feature_count(len(samples), where), self.frame_count(len(samples))
+        return count, frames, self(samples, where=where)
 
     @property
     def _filters(self) -> Float[np.ndarray, "bins mels"]:

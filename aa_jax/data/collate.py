@@ -30,6 +30,8 @@ class Shapes:
       response_length: R, response slots per sequence (earlier trained turns included).
       images: I, images per row; 0 makes a text-only batch.
       image_size: (height, width) of the pixels, needed for rows without an image.
+      patches: P, patches per row where images are of any size; then positions have three axes.
+      patch_numbers: K, numbers in a patch.
       media: other media arrays of a row, name -> shape; items of a row stand one after the other
         on the first axis, smaller ones are padded with zeros on the others.
     """
@@ -38,6 +40,8 @@ class Shapes:
     response_length: int
     images: int = 0
     image_size: tuple[int, int] | None = None
+    patches: int = 0
+    patch_numbers: int = 0
     media: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
@@ -62,7 +66,7 @@ def plan_shapes(items: Iterable[Encoded | Sizes], layout: str, *, multiple_of: i
       DataError: no examples, images of different sizes, or an unknown layout.
     """
     _check_layout(layout)
-    length = response = images = 0
+    length = response = images = patches = numbers = 0
     pixels: set[tuple[int, int]] = set()
     media: dict[str, tuple[int, ...]] = {}
     for item in items:
@@ -71,7 +75,8 @@ def plan_shapes(items: Iterable[Encoded | Sizes], layout: str, *, multiple_of: i
         length = max(length, row_length(item.prompt, item.responses, layout))
         trained = item.trained if layout == "supervised" else 0
         response = max(response, max(item.responses, default=0) + trained)
-        images = max(images, item.images)
+        images, patches = max(images, item.images), max(patches, item.patches)
+        numbers = max(numbers, item.patch_numbers)
         pixels |= {item.image_size} if item.image_size else set()
         for name, shape in item.media.items():
             media[name] = tuple(map(max, media.get(name, shape), shape))
@@ -84,7 +89,7 @@ def plan_shapes(items: Iterable[Encoded | Sizes], layout: str, *, multiple_of: i
             "preprocessor_config.json."
         )
     length = -(-length // multiple_of) * multiple_of
-    return Shapes(length, response, images, next(iter(pixels), None), media)
+    return Shapes(length, response, images, next(iter(pixels), None), patches, numbers, media)
 
 
 def _check_layout(layout: str) -> None:
@@ -165,15 +170,19 @@ def _empty(rows: int, sequences: int, shapes: Shapes, pad_id: int, layout: str) 
             for name, shape in shapes.media.items()
         }
     if shapes.images:
-        if shapes.image_size is None:
-            raise DataError("Shapes with images need image_size=(height, width).")
-        size = (rows, shapes.images, 3, *shapes.image_size)
+        if shapes.image_size is None and not shapes.patches:
+            raise DataError("Shapes with images need image_size=(height, width), or patches.")
+        size = (rows, shapes.images, 3, *(shapes.image_size or ()))
+        if shapes.patches:
+            size = (rows, shapes.patches, shapes.patch_numbers)
+            batch["positions"] = np.zeros((rows, length, 3), np.int32)
+            batch["media"]["grid_thw"] = np.zeros((rows, shapes.images, 3), np.int32)
         batch["media"]["pixel_values"] = np.zeros(size, np.float32)
     return batch
 
 
 def _fill_row(batch: Batch, b: int, group: Sequence[Encoded], shapes: Shapes, layout: str) -> None:
-    start = slot = images = features = 0
+    start = slot = images = features = patches = 0
     taken: dict[str, int] = {}
     for item in group:
         responses = [] if layout == "prompt" else list(item.responses)
@@ -191,6 +200,10 @@ def _fill_row(batch: Batch, b: int, group: Sequence[Encoded], shapes: Shapes, la
                 "Give larger shapes, or Limits that drop such examples."
             )
         _write(batch, b, start, item.prompt, 0)
+        if item.positions is not None:
+            flat = batch["positions"].ndim == 2  # a text-only batch: the three are the same
+            places = item.positions[:, 0] if flat else item.positions
+            batch["positions"][b, start : start + prompt] = places
         batch["intervals"][b, start : start + prompt] = _causal(start, prompt)
         if images + item.images > shapes.images:
             raise DataError(
@@ -198,16 +211,10 @@ def _fill_row(batch: Batch, b: int, group: Sequence[Encoded], shapes: Shapes, la
                 f"{shapes.images} fit. Raise images in the shapes."
             )
         if item.images:
-            if item.media["pixel_values"].shape[-2:] != tuple(shapes.image_size):
-                raise DataError(
-                    f"{item.where or 'An example'}: pixels {item.media['pixel_values'].shape[-2:]}"
-                    f" do not fit shapes with image_size={tuple(shapes.image_size)}."
-                )
-            pixels = batch["media"]["pixel_values"]
-            pixels[b, images : images + item.images] = item.media["pixel_values"]
-            images += item.images
+            _write_media(batch["media"], b, images, patches, item, shapes)
+            images, patches = images + item.images, patches + item.patches
         for name in item.media_shapes:
-            taken[name] = _place(batch["media"], name, b, taken.get(name, 0), item, shapes)
+            taken[name] = _place(batch, name, b, taken.get(name, 0), item, shapes)
         seen = item.feature_index >= 0
         if seen.any():
             index = np.where(seen, item.feature_index + features, -1)
@@ -220,9 +227,30 @@ def _fill_row(batch: Batch, b: int, group: Sequence[Encoded], shapes: Shapes, la
         start = end
 
 
-def _place(
-    media: dict[str, np.ndarray], name: str, b: int, at: int, item: Encoded, shapes: Shapes
-) -> int:
+def _write_media(
+    media: dict[str, np.ndarray], b: int, images: int, patches: int, item: Encoded, shapes: Shapes
+) -> None:
+    """Puts an example's pixels behind those of the row's earlier examples."""
+    pixels = item.media["pixel_values"]
+    if not shapes.patches:
+        if pixels.shape[-2:] != tuple(shapes.image_size):
+            raise DataError(
+                f"{item.where or 'An example'}: pixels {pixels.shape[-2:]}"
+                f" do not fit shapes with image_size={tuple(shapes.image_size)}."
+            )
+        media["pixel_values"][b, images : images + item.images] = pixels
+        return
+    if patches + item.patches > shapes.patches or pixels.shape[1] != shapes.patch_numbers:
+        raise DataError(
+            f"{item.where or 'An example'}: its images have {item.patches} patches of "
+            f"{pixels.shape[1]} numbers, the row holds {patches} already; {shapes.patches} of "
+            f"{shapes.patch_numbers} fit. Raise patches in the shapes."
+        )
+    media["pixel_values"][b, patches : patches + item.patches] = pixels
+    media["grid_thw"][b, images : images + item.images] = item.media["grid_thw"]
+
+
+def _place(batch: Batch, name: str, b: int, at: int, item: Encoded, shapes: Shapes) -> int:
     """Writes one of an example's media arrays behind those of its row; returns the next place."""
     array, room = item.media[name], shapes.media.get(name, ())
     needed = (at + array.shape[0], *array.shape[1:])
@@ -232,13 +260,16 @@ def _place(
             "fit. Give shapes planned for this data (`plan_shapes`)."
         )
     place = (b, slice(at, needed[0]), *(slice(0, n) for n in needed[1:]))
-    media[name][place] = array
+    batch["media"][name][place] = array
     return needed[0]
 
 
 def _write(batch: Batch, b: int, at: int, ids: np.ndarray, position: int) -> None:
     batch["tokens"][b, at : at + len(ids)] = ids
-    batch["positions"][b, at : at + len(ids)] = position + np.arange(len(ids))
+    positions = position + np.arange(len(ids), dtype=np.int32)
+    if batch["positions"].ndim == 3:  # three axes: text has the same number on each
+        positions = positions[:, None]
+    batch["positions"][b, at : at + len(ids)] = positions
 
 
 def _causal(start: int, length: int) -> np.ndarray:
@@ -261,7 +292,8 @@ def _write_responses(
     prompt_end = start + len(item.prompt)
     at = prompt_end
     for s, ids in enumerate(responses):
-        _write(batch, b, at, ids, len(item.prompt))
+        after = len(item.prompt) if item.next_position is None else item.next_position
+        _write(batch, b, at, ids, after)
         intervals = _causal(at, len(ids))
         if len(responses) > 1:  # the prompt, then itself, not the other response
             intervals[:, 0], intervals[:, 1] = start, prompt_end

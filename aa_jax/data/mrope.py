@@ -31,7 +31,7 @@ class Grid:
     frames: int
     rows: int
     columns: int
-    step: float = 1
+    step: float = 1.0
 
     @property
     def patches(self) -> int:

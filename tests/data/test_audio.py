@@ -11,7 +11,7 @@ from transformers.audio_utils import load_audio
 
 from aa_jax.data.audio import audio_length, decode_audio
 from aa_jax.data.audio_features import AudioProcessor, load_audio_processor
-from aa_jax.data.example import Media
+from aa_jax.data.example import InvalidRow, Media
 from aa_jax.errors import CheckpointError, MediaError
 
 
@@ -122,11 +122,11 @@ def test_feature_count_is_the_towers():
         frames = -(-samples // 160)
         after_conv = (frames - 1) // 2 + 1
         assert processor.feature_count(samples) == (after_conv - 2) // 2 + 1
-    with pytest.raises(MediaError, match="row 3: .*320 samples long.*too short"):
+    with pytest.raises(InvalidRow, match="row 3: .*320 samples long.*too short"):
         processor.feature_count(320, "row 3")
-    with pytest.raises(MediaError, match="row 3: .*lasts 1.5 s, the model hears 1 s"):
+    with pytest.raises(InvalidRow, match="row 3: .*lasts 1.5 s, the model hears 1 s"):
         processor.feature_count(24000, "row 3")
-    with pytest.raises(MediaError, match="lasts 1.5 s"):
+    with pytest.raises(InvalidRow, match="lasts 1.5 s"):
         processor(np.zeros(24000, np.float32))
 
 

@@ -96,7 +96,7 @@ class VisionConfig:
             hidden = reader.size("embed_dim", 1280)
             config = cls(
                 hidden_size=hidden,
-                intermediate_size=int(hidden * reader.number("mlp_ratio", 4)),
+                intermediate_size=int(hidden * reader.number("mlp_ratio", 4.0)),
                 out_size=reader.size("hidden_size", 3584),
                 hidden_act=reader.activation("hidden_act", "quick_gelu"),
                 **sizes,

@@ -137,8 +137,8 @@ class VisionTower(nnx.Module):
 
     def __call__(
         self, pixels: Float[Array, "B P K"], grid: Int[Array, "B I 3"]
-    ) -> Float[Array, "B P Dv"]:
-        """One vector per patch, in the order of the pixels.
+    ) -> Float[Array, "B P1 Dv"]:
+        """One vector per patch, in the order of the pixels; P is rounded up to whole features.
 
         A patch sees its own frame; with windows, in most layers, its own window of the frame.
 
@@ -146,15 +146,15 @@ class VisionTower(nnx.Module):
             MediaError: the pixels are not this tower's patches.
         """
         config = self.config
-        unit = config.merge_size**2
-        if pixels.shape[2] != config.patch_numbers or pixels.shape[1] % unit:
+        if pixels.shape[2] != config.patch_numbers:
             raise MediaError(
                 f"pixel_values are {list(pixels.shape)}; this vision tower reads [rows, patches, "
                 f"{config.patch_numbers}] ({config.num_channels} channels x "
                 f"{config.frames_per_patch} frames x {config.patch_size} x {config.patch_size} "
-                f"pixels), the number of patches a multiple of {unit}. Prepare the images with the "
-                "checkpoint's own preprocessor_config.json."
+                "pixels). Prepare the images with the checkpoint's own preprocessor_config.json."
             )
+        # Whole features, also of padding.
+        pixels = jnp.pad(pixels, ((0, 0), (0, -pixels.shape[1] % config.merge_size**2), (0, 0)))
         at = grids.layout(grid, pixels.shape[1], config.merge_size)
         cos, sin = self.angles(at)
         frame = local = grids.intervals(at.start, at.stop)
