@@ -214,7 +214,16 @@ def _packed_shapes(sizes: Sequence[Sizes], single: Shapes, length: int) -> Shape
         response_length=max(single.response_length, int(np.ceil(share * slots))),
         images=max(single.images, int(np.ceil(share * np.mean([s.images for s in sizes])))),
         patches=max(single.patches, int(np.ceil(share * np.mean([s.patches for s in sizes])))),
+        media={
+            name: (max(most, int(np.ceil(share * _mean_items(sizes, name)))), *shape)
+            for name, (most, *shape) in single.media.items()
+        },
     )
+
+
+def _mean_items(sizes: Sequence[Sizes], name: str) -> float:
+    """Entries of a media array per example."""
+    return float(np.mean([size.media.get(name, (0,))[0] for size in sizes]))
 
 
 def _form(shapes: Shapes, layout: str, processor: Processor, *extras: str) -> Callable:

@@ -9,12 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from aa_jax import config, llf, models, recipes, rl, runs
+from aa_jax import config, image_recipe, llf, models, recipes, rl, runs
 from aa_jax.errors import ConfigError
 from aa_jax.llf import digits_run
 from aa_jax.llf.lab import Lab
 from aa_jax.llf.start import llava_config
 from aa_jax.models import heads
+from aa_jax.models.chameleon.tokenizer import build_tokenizer
 from aa_jax.rl.algorithms import find_algorithm
 from aa_jax.rl.estimators import find_estimator
 from aa_jax.rl.objectives import actor_critic, policy
@@ -124,6 +125,26 @@ def test_one_train_step_of_llava_7b_has_a_shape(path):
     count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(model.abstract()))
     # LLaVA-1.5-7B has 7.06 billion parameters; the text model's config rounds the vocabulary up.
     assert 7.0e9 < count < 7.1e9
+
+
+def test_the_tokenizer_config_binds_and_one_step_has_a_shape():
+    cfg = load(ROOT / "configs/t2i/digits_vq.py")
+    config.bind(image_recipe.train_tokenizer, cfg, path="config", workdir="run")
+    values = config.resolve(cfg)
+    sizes = image_recipe.digits_config(values["max_digits"], **values["sizes"])
+    tokenizer = build_tokenizer(sizes)
+    objective = image_recipe.reconstruct(tokenizer, beta=values["beta"])
+    rows, edge = values["batch_rows"], 8 * values["max_digits"]
+    shape = jax.ShapeDtypeStruct
+    strips = {
+        "pixels": shape((rows, 3, edge, edge), jnp.float32),
+        "row_mask": shape((rows,), jnp.float32),
+    }
+    grads, metrics = jax.eval_shape(jax.grad(objective, has_aux=True), tokenizer.abstract(), strips)
+    assert jax.tree.map(lambda x: x.shape, grads) == jax.tree.map(
+        lambda x: x.shape, tokenizer.abstract()
+    )
+    assert metrics["mse"].total.shape == ()
 
 
 @pytest.mark.parametrize("name", ["digits_llf", "llava_llf"])

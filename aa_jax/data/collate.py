@@ -8,7 +8,7 @@ see the prompt and themselves, not each other.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from aa_jax.errors import DataError
 
 Batch = dict[str, Any]
 LAYOUTS = ("supervised", "preference", "preference_rows", "group", "prompt")
+WHOLE_NUMBERS = ("feature_lengths",)  # media arrays that are counts, not signals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,18 +30,21 @@ class Shapes:
       response_length: R, response slots per sequence (earlier trained turns included).
       images: I, images per row; 0 makes a text-only batch.
       image_size: (height, width) of the pixels, needed for rows without an image.
-      sequences: S, responses per row of the layout ``group``.
       patches: P, patches per row where images are of any size; then positions have three axes.
       patch_numbers: K, numbers in a patch.
+      media: other media arrays of a row, name -> shape; items of a row stand one after the other
+        on the first axis, smaller ones are padded with zeros on the others.
+      sequences: S, responses per row of the layout ``group``.
     """
 
     length: int
     response_length: int
     images: int = 0
     image_size: tuple[int, int] | None = None
-    sequences: int = 1
     patches: int = 0
     patch_numbers: int = 0
+    media: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    sequences: int = 1
 
 
 def row_length(prompt: int, responses: Sequence[int], layout: str) -> int:
@@ -66,6 +70,7 @@ def plan_shapes(items: Iterable[Encoded | Sizes], layout: str, *, multiple_of: i
     _check_layout(layout)
     length = response = images = patches = numbers = sequences = 0
     pixels: set[tuple[int, int]] = set()
+    media: dict[str, tuple[int, ...]] = {}
     for item in items:
         if isinstance(item, Encoded):
             item = item.sizes
@@ -76,6 +81,8 @@ def plan_shapes(items: Iterable[Encoded | Sizes], layout: str, *, multiple_of: i
         numbers = max(numbers, item.patch_numbers)
         sequences = max(sequences, len(item.responses))
         pixels |= {item.image_size} if item.image_size else set()
+        for name, shape in item.media.items():
+            media[name] = tuple(map(max, media.get(name, shape), shape))
     if not length:
         raise DataError("There are no examples to plan the batch shapes for.")
     if len(pixels) > 1:
@@ -87,7 +94,7 @@ def plan_shapes(items: Iterable[Encoded | Sizes], layout: str, *, multiple_of: i
     length = -(-length // multiple_of) * multiple_of
     size = next(iter(pixels), None)
     group = sequences if layout == "group" else 1
-    return Shapes(length, response, images, size, group, patches, numbers)
+    return Shapes(length, response, images, size, patches, numbers, media, group)
 
 
 def _check_layout(layout: str) -> None:
@@ -163,24 +170,27 @@ def _empty(rows: int, sequences: int, shapes: Shapes, pad_id: int, layout: str) 
         batch["target_positions"] = np.zeros(slots, np.int32)
         batch["targets"] = np.zeros(slots, np.int32)
         batch["loss_mask"] = np.zeros(slots, np.float32)
+    if shapes.images or shapes.media:
+        batch["feature_index"] = np.full((rows, length), -1, np.int32)
+        batch["media"] = {
+            name: np.zeros((rows, *shape), np.int32 if name in WHOLE_NUMBERS else np.float32)
+            for name, shape in shapes.media.items()
+        }
     if shapes.images:
         if shapes.image_size is None and not shapes.patches:
             raise DataError("Shapes with images need image_size=(height, width), or patches.")
-        batch["feature_index"] = np.full((rows, length), -1, np.int32)
+        size = (rows, shapes.images, 3, *(shapes.image_size or ()))
         if shapes.patches:
+            size = (rows, shapes.patches, shapes.patch_numbers)
             batch["positions"] = np.zeros((rows, length, 3), np.int32)
-            batch["media"] = {
-                "pixel_values": np.zeros((rows, shapes.patches, shapes.patch_numbers), np.float32),
-                "grid_thw": np.zeros((rows, shapes.images, 3), np.int32),
-            }
-        else:
-            size = (rows, shapes.images, 3, *shapes.image_size)
-            batch["media"] = {"pixel_values": np.zeros(size, np.float32)}
+            batch["media"]["grid_thw"] = np.zeros((rows, shapes.images, 3), np.int32)
+        batch["media"]["pixel_values"] = np.zeros(size, np.float32)
     return batch
 
 
 def _fill_row(batch: Batch, b: int, group: Sequence[Encoded], shapes: Shapes, layout: str) -> None:
     start = slot = images = features = patches = 0
+    taken: dict[str, int] = {}
     for item in group:
         responses = [] if layout == "prompt" else list(item.responses)
         expected = {"prompt": 0, "preference": 2}.get(layout, 1)
@@ -210,12 +220,15 @@ def _fill_row(batch: Batch, b: int, group: Sequence[Encoded], shapes: Shapes, la
                 f"{shapes.images} fit. Raise images in the shapes."
             )
         if item.images:
-            seen = item.feature_index >= 0
+            _write_media(batch["media"], b, images, patches, item, shapes)
+            images, patches = images + item.images, patches + item.patches
+        for name in item.media_shapes:
+            taken[name] = _place(batch, name, b, taken.get(name, 0), item, shapes)
+        seen = item.feature_index >= 0
+        if seen.any():
             index = np.where(seen, item.feature_index + features, -1)
             batch["feature_index"][b, start : start + prompt] = index
-            _write_media(batch["media"], b, images, patches, item, shapes)
-            images, features = images + item.images, features + int(seen.sum())
-            patches += item.patches
+            features += int(seen.sum())
         slot = _write_responses(batch, b, start, slot, item, responses, shapes)
         if layout == "prompt":
             batch["last_positions"][b, 0] = end - 1
@@ -244,6 +257,20 @@ def _write_media(
         )
     media["pixel_values"][b, patches : patches + item.patches] = pixels
     media["grid_thw"][b, images : images + item.images] = item.media["grid_thw"]
+
+
+def _place(batch: Batch, name: str, b: int, at: int, item: Encoded, shapes: Shapes) -> int:
+    """Writes one of an example's media arrays behind those of its row; returns the next place."""
+    array, room = item.media[name], shapes.media.get(name, ())
+    needed = (at + array.shape[0], *array.shape[1:])
+    if len(needed) != len(room) or any(n > r for n, r in zip(needed, room, strict=True)):
+        raise DataError(
+            f"{item.where or 'An example'}: its row needs {name} of {list(needed)}, {list(room)} "
+            "fit. Give shapes planned for this data (`plan_shapes`)."
+        )
+    place = (b, slice(at, needed[0]), *(slice(0, n) for n in needed[1:]))
+    batch["media"][name][place] = array
+    return needed[0]
 
 
 def _write(batch: Batch, b: int, at: int, ids: np.ndarray, position: int) -> None:

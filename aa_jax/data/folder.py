@@ -50,13 +50,20 @@ def vision_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
+def audio_settings(folder: Path) -> dict[str, Any]:
+    """The token of a Qwen2-Audio folder that stands for a clip, where the folder names it."""
+    path = folder / "processor_config.json"
+    named = read_json(path) if path.is_file() else {}
+    return {"audio_token": named["audio_token"]} if named.get("audio_token") else {}
+
+
 def chat_source(folder: Path, tokenizer: Any) -> str | None:
-    """The chat template: its own file, the processor's, or the tokenizer's."""
+    """The chat template: its own file, the processor's, or the tokenizer's (where one is given)."""
     if (path := folder / "chat_template.jinja").is_file():
         return path.read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json"):
         if (folder / name).is_file():
             if source := read_json(folder / name).get("chat_template"):
                 return source
-    source = tokenizer.chat_template
+    source = None if tokenizer is None else tokenizer.chat_template
     return source.get("default") if isinstance(source, dict) else source

@@ -34,6 +34,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "CLIPImageProcessor": _CLIP,
     "CLIPFeatureExtractor": _CLIP,
     "LlavaImageProcessor": _CLIP,
+    "ChameleonImageProcessor": dict(
+        size={"shortest_edge": 512},
+        crop_size={"height": 512, "width": 512},
+        resample=1,
+        do_center_crop=True,
+        rescale_factor=0.0078,
+        image_mean=(1.0, 1.0, 1.0),
+        image_std=(1.0, 1.0, 1.0),
+    ),
     "SiglipImageProcessor": dict(
         size={"height": 224, "width": 224}, resample=3, image_mean=_HALF, image_std=_HALF
     ),
@@ -168,6 +177,9 @@ class ImageProcessor:
 
 
 _SHORTEST = ("CLIPImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor")
+_SHORTEST += ("ChameleonImageProcessor",)
+# Feature extractors that make something else of a checkpoint folder than pixels.
+_NOT_IMAGES = ("WhisperFeatureExtractor",)
 
 
 def _size(size: Any, square: bool) -> dict[str, int]:
@@ -204,7 +216,7 @@ def load_image_processor(folder: Path) -> Any:
         config = read_json(path)
         both, config = config, config.get("image_processor", config)
         kind = config.get("image_processor_type") or config.get("feature_extractor_type")
-        if kind is None:
+        if kind is None or kind in _NOT_IMAGES:
             continue
         if str(kind).startswith("Qwen2VLImageProcessor"):
             return _patch_processor(folder, config, both, str(path))

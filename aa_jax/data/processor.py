@@ -1,11 +1,10 @@
-"""Tokenizer, chat template and image processor of a Hugging Face checkpoint folder.
+"""Tokenizer, chat template, image and audio processor of a Hugging Face checkpoint folder.
 
 ``tokenizer.json`` is used as it stands, as the model was trained with it. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import re
@@ -17,43 +16,27 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from aa_jax.data.audio_chat import AUDIO_TOKEN, QWEN2_AUDIO_TEMPLATE
+from aa_jax.data.audio_features import AudioProcessor, load_audio_processor
 from aa_jax.data.chat import CLOSE, OPEN, ChatTemplate
 from aa_jax.data.example import InvalidRow, Message, message
-from aa_jax.data.folder import chat_source, patch_settings, vision_settings, write_json
+from aa_jax.data.folder import (
+    audio_settings,
+    chat_source,
+    patch_settings,
+    vision_settings,
+    write_json,
+)
+from aa_jax.data.image_tokens import Encoder, ImageTokens, image_token_settings
 from aa_jax.data.images import ImageProcessor, load_image_processor, read_json
 from aa_jax.data.media import image_size
 from aa_jax.data.mrope import Grid
 from aa_jax.data.patches import PatchProcessor, sample_frames
+from aa_jax.data.prepared import Prepared, Tokens
 from aa_jax.data.video import read_frames, video_info
 from aa_jax.errors import CheckpointError, DataError
 
 _GUARD_OPEN, _GUARD_CLOSE = "\ufdd2", "\ufdd3"
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """Token ids and the characters [start, end) each stands for."""
-
-    ids: list[int]
-    starts: list[int]
-    ends: list[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """One image or video, ready for the tower.
-
-    Attributes:
-      count: features, and so placeholder tokens.
-      size: (height, width) of the pixels, where every item of a batch needs the same.
-      grid: its patches, where items of any size are packed.
-      pixels: [3, H, W], or [N, K] patches; None when only lengths were asked for.
-    """
-
-    count: int
-    size: tuple[int, int] | None = None
-    grid: Grid | None = None
-    pixels: np.ndarray | None = None
 
 
 class Processor:
@@ -70,9 +53,13 @@ class Processor:
       patch_size: edge of a vision patch, pixels.
       vision_feature_select_strategy: ``default`` drops the tower's first token, ``full`` keeps it.
       num_additional_image_tokens: tokens the tower adds to its patches (CLS: 1).
+      audio_processor: how log-mel features are made; None for a model that does not hear.
+      audio_token: the special token that stands for a clip.
+      image_tokens: how images are written as tokens of the text (Chameleon).
 
     Raises:
-      CheckpointError: an image processor without image token or patch size.
+      CheckpointError: an image processor without image token or patch size, or an audio processor
+        without audio token.
     """
 
     def __init__(
@@ -87,6 +74,9 @@ class Processor:
         patch_size: int | None = None,
         vision_feature_select_strategy: str = "default",
         num_additional_image_tokens: int = 1,
+        audio_processor: AudioProcessor | None = None,
+        audio_token: str = AUDIO_TOKEN,
+        image_tokens: ImageTokens | None = None,
     ):
         self.tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
@@ -102,7 +92,12 @@ class Processor:
         special = {token.content for token in added if token.special}
         self.packs_patches = isinstance(image_processor, PatchProcessor)
         self.video_token = video_token if self.packs_patches else None
-        named = (tokenizer.bos_token, tokenizer.eos_token, self.image_token, self.video_token)
+        self.audio_processor, self.image_tokens = audio_processor, image_tokens
+        self.audio_token = audio_token if audio_processor else None
+        kinds = ("image", "video", "audio")
+        # What stands for a medium of each kind the checkpoint reads.
+        self.media_tokens = {k: t for k in kinds if (t := getattr(self, f"{k}_token"))}
+        named = (tokenizer.bos_token, tokenizer.eos_token, *self.media_tokens.values())
         special |= {token for token in named if token}
         # A turn may end with a token that is added but not marked special.
         self._added = re.compile(
@@ -111,11 +106,10 @@ class Processor:
             else r"(?!)()"
         )
         self.placeholder_ids = {
-            kind: self._placeholder_id(kind, token)
-            for kind, token in (("image", self.image_token), ("video", self.video_token))
-            if token
+            kind: self._placeholder_id(kind, token) for kind, token in self.media_tokens.items()
         }
-        if image_processor is not None and patch_size is None and not self.packs_patches:
+        sized = patch_size or image_tokens or self.packs_patches
+        if image_processor is not None and not sized:
             raise CheckpointError(
                 "The checkpoint makes pixels but gives no patch_size: it belongs into "
                 "processor_config.json, or vision_config of config.json."
@@ -123,8 +117,7 @@ class Processor:
         self._borders = media_borders
         placeholders = {
             kind: media_borders[0] + token + media_borders[1]
-            for kind, token in (("image", self.image_token), ("video", self.video_token))
-            if token
+            for kind, token in self.media_tokens.items()
         }
         self.chat = ChatTemplate(tokenizer, chat_template, placeholders, sorted(special))
         end = self.split_end(self._tail())[2]
@@ -145,19 +138,30 @@ class Processor:
         """The token that stands for a feature of an image; None for a text model."""
         return self.placeholder_ids.get("image")
 
+    @property
+    def audio_token_id(self) -> int | None:
+        """The token that stands for a feature of a clip; None for a model that does not hear."""
+        return self.placeholder_ids.get("audio")
+
     # From and to a folder -------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, media: bool = True, chat_template: str | None = None
+        cls,
+        folder: str | Path,
+        *,
+        media: bool = True,
+        chat_template: str | None = None,
+        image_encoder: Encoder | None = None,
     ) -> Processor:
         """Loads a checkpoint folder.
 
         Args:
-          folder: with ``tokenizer.json``; for image models also ``preprocessor_config.json`` or a
-            ``processor_config.json`` that holds the image processor.
+          folder: with ``tokenizer.json``; for image and audio models also
+            ``preprocessor_config.json``, or a ``processor_config.json`` that holds the processor.
           media: False reads a multimodal folder as a text model.
           chat_template: replaces the folder's own.
+          image_encoder: makes the images of a Chameleon folder tokens, see `ImageTokens`.
 
         Raises:
           CheckpointError: a file is missing, damaged or of an unsupported kind.
@@ -180,10 +184,17 @@ class Processor:
         if media and (image_processor := load_image_processor(folder)) is not None:
             packed = isinstance(image_processor, PatchProcessor)
             settings = (patch_settings if packed else vision_settings)(folder)
+            if getattr(image_processor, "name", "") == "ChameleonImageProcessor":
+                backend = tokenizer.backend_tokenizer
+                settings = image_token_settings(folder, backend, image_encoder)
             settings["image_processor"] = image_processor
         source = chat_template or chat_source(folder, tokenizer)
+        if media and (audio_processor := load_audio_processor(folder)) is not None:
+            settings |= audio_settings(folder) | {"audio_processor": audio_processor}
+            # The tokenizer's own template is for text alone; transformers does not use it either.
+            source = chat_template or chat_source(folder, None) or QWEN2_AUDIO_TEMPLATE
         processor = cls(tokenizer, chat_template=source, **settings)
-        processor._check_image_token(folder)
+        processor._check_media_tokens(folder)
         return processor
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -192,6 +203,10 @@ class Processor:
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.chat_template = self.chat.source
         self.tokenizer.save_pretrained(str(folder))
+        if self.audio_processor is not None:
+            named = {"processor_class": "Qwen2AudioProcessor", "audio_token": self.audio_token}
+            made = self.audio_processor.to_dict()
+            write_json(folder, {"processor_config.json": named, "preprocessor_config.json": made})
         if self.image_processor is None:
             return
         if self.packs_patches:
@@ -204,6 +219,12 @@ class Processor:
             "vision_feature_select_strategy": self.vision_feature_select_strategy,
             "num_additional_image_tokens": self.num_additional_image_tokens,
         }
+        if self.image_tokens is not None:
+            processor = {
+                "processor_class": "ChameleonProcessor",
+                "image_token": self.image_token,
+                "image_seq_length": self.image_tokens.length,
+            }
         files = {
             "processor_config.json": processor,
             "preprocessor_config.json": self.image_processor.to_dict(),
@@ -219,14 +240,12 @@ class Processor:
         }
         write_json(folder, {k: v | {"processor_class": name} for k, v in files.items()})
 
-    def _check_image_token(self, folder: Path) -> None:
+    def _check_media_tokens(self, folder: Path) -> None:
         path = folder / "config.json"
-        if self.image_token_id is None or not path.is_file():
-            return
-        config = read_json(path)
+        config = read_json(path) if path.is_file() else {}
         for kind, found in self.placeholder_ids.items():
             name = f"{kind}_token_index" if f"{kind}_token_index" in config else f"{kind}_token_id"
-            index, token = config.get(name), getattr(self, f"{kind}_token")
+            index, token = config.get(name), self.media_tokens[kind]
             if index is not None and index != found:
                 raise CheckpointError(
                     f"{path} says {name} {index}, but the tokenizer's {token!r} is {found}: "
@@ -379,19 +398,19 @@ class Processor:
     def prepare(
         self, kind: str, item: Any, *, pixels: bool, root: str | None = None, where: str = ""
     ) -> Prepared:
-        """An image or video -> what the tower and the text need of it.
+        """An image, video or clip -> what the tower and the text need of it.
 
         Args:
-          kind: ``image`` or ``video``.
-          item: for ``pixels`` a decoded image; otherwise any reference to one. Videos are read
-            here, a few frames of them.
+          kind: ``image``, ``video`` or ``audio``.
+          item: for ``pixels`` a decoded image; otherwise any reference to one. Videos and audio
+            are read here.
           pixels: False works out lengths alone.
           root: folder of relative paths.
           where: ``file:row`` for errors.
 
         Raises:
           DataError: the checkpoint does not read this kind.
-          InvalidRow: an image of impossible proportions.
+          InvalidRow: an image of impossible proportions, a clip too long or too short.
         """
         if kind not in self.placeholder_ids:
             raise DataError(
@@ -400,6 +419,11 @@ class Processor:
             )
         if kind == "video":
             return self._prepare_video(item, pixels, root, where)
+        if kind == "audio":
+            count, frames, made = self.audio_processor.prepare(
+                item, features=pixels, root=root, where=where
+            )
+            return Prepared(count, pixels=made, frames=frames)
         if pixels:
             given = (item.height, item.width)
         elif self.fixed_feature_count is None:
@@ -408,8 +432,9 @@ class Processor:
             given = (1, 1)  # any size gives the same
         if not self.packs_patches:
             size = self.image_processor.output_size(*given)
-            made = self.image_processor(item) if pixels else None
-            return Prepared(self.feature_count(*given), size=size, pixels=made)
+            made, count = self.image_processor(item) if pixels else None, self.feature_count(*given)
+            ids = None if self.image_tokens is None else self.image_tokens.ids(made, where)
+            return Prepared(count, size=size, pixels=made, ids=ids)
         grid = self.image_processor.grid(*given, where=where)
         made = self.image_processor(item, grid) if pixels else None
         return Prepared(self._features(grid), grid=grid, pixels=made)
@@ -433,6 +458,8 @@ class Processor:
         """Tokens an image of this input size takes in the text."""
         if self.packs_patches:
             return self._features(self.image_processor.grid(height, width))
+        if self.image_tokens is not None:
+            return self.image_tokens.length + 2
         if self.image_processor is None or self.patch_size is None:
             raise CheckpointError("This checkpoint reads no images.")
         height, width = self.image_processor.output_size(height, width)

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from aa_jax.data.example import Example, InvalidRow, Message
+from aa_jax.data.example import Example, InvalidRow, Message, Part
 from aa_jax.data.mrope import mrope_positions
-from aa_jax.data.processor import Prepared, Processor, Tokens
+from aa_jax.data.prepared import Prepared, Tokens
+from aa_jax.data.processor import Processor
 from aa_jax.errors import DataError, MediaError
 
 
@@ -49,7 +50,8 @@ class Limits:
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """What an example needs: prompt, response and extra trained tokens, images of which size, and
-    where sizes are free, how many patches of how many numbers each."""
+    where sizes are free, how many patches of how many numbers each; shapes of other media arrays.
+    """
 
     prompt: int
     responses: tuple[int, ...] = ()
@@ -58,6 +60,7 @@ class Sizes:
     image_size: tuple[int, int] | None = None
     patches: int = 0
     patch_numbers: int = 0
+    media: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +75,8 @@ class Encoded:
       trained: [P] bool, prompt tokens to train as well (earlier assistant turns).
       images: I, number of images (and videos).
       media: arrays for the tower: ``pixel_values`` [I, 3, H, W] float32, or for free sizes
-        [N, K] patches and ``grid_thw`` [I, 3]; empty when only lengths were asked for.
+        [N, K] patches and ``grid_thw`` [I, 3]; for audio ``input_features`` [A, mels, frames] and
+        ``feature_lengths`` [A]; empty when only lengths were asked for.
       where: ``file:row``.
       meta: copied from the example.
       image_size: (height, width) of the pixels, None without images or where sizes are free.
@@ -80,6 +84,7 @@ class Encoded:
       next_position: of the first token of a response; None: P.
       patches: number of patches of all images, where sizes are free.
       patch_numbers: numbers in each.
+      media_shapes: of the media arrays other than pixels, known without decoding.
     """
 
     prompt: Int[np.ndarray, " P"]
@@ -96,6 +101,7 @@ class Encoded:
     next_position: int | None = None
     patches: int = 0
     patch_numbers: int = 0
+    media_shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def sizes(self) -> Sizes:
@@ -108,6 +114,7 @@ class Encoded:
             self.image_size,
             self.patches,
             self.patch_numbers,
+            dict(self.media_shapes),
         )
 
 
@@ -147,10 +154,16 @@ def encode_example(
     ids = np.asarray(tokens.ids, np.int32)
     repeats, feature_index = _expand(ids, kinds, counts, processor, where)
     prompt = np.repeat(ids, repeats)
+    if processor.image_tokens is not None:
+        spans = [item.ids for item in items]
+        prompt, feature_index = processor.image_tokens.fill(prompt, feature_index, spans)
     responses, ended = [], []
-    _check_prompt(len(prompt), sum(counts), limits, bool(example.responses), where)
+    features = f"{sum(counts)} of them {'audio' if 'audio' in kinds else 'image'} features"
+    _check_prompt(len(prompt), features, limits, bool(example.responses), where)
     for response in example.responses:
         answer = _response_ids(example, response, processor, text, tokens)
+        if response.media:
+            answer = _draw(answer, example, response, processor, pixels, root)
         answer, whole = _fit(answer, len(prompt), limits, where)
         responses.append(np.asarray(answer, np.int32))
         ended.append(whole)
@@ -160,7 +173,7 @@ def encode_example(
         tuple(ended),
         feature_index,
         np.repeat(trained, repeats),
-        len(counts),
+        sum(map(_is_picture, items)),
         where=where,
         meta=dict(example.meta),
         **_pixels(items, feature_index, processor, pixels, where),
@@ -172,15 +185,13 @@ def _response_ids(
 ) -> list[int]:
     """The ids to be generated after the prompt: answer and end token."""
     where = example.where
-    if response.media:
-        kinds = ", ".join(sorted({part.type for part in response.media}))
-        raise DataError(
-            f"{where or 'An example'}: the response holds {kinds}, which this checkpoint does not "
-            "write as tokens. Use a model that generates it, or a text-answer template."
-        )
+    if drawn := bool(response.media):
+        response = _with_marks(response, processor, where)
     if not response.text.strip():
         raise InvalidRow("empty response", f"{where}: the response is empty.")
     region, ends = _region(example.messages, response, processor, prompt_text, where)
+    if drawn:
+        region = region.replace(_MARK, processor.image_token)
     full = processor.encode(prompt_text + region, where=where)
     n = len(prompt.ids)
     if full.ids[:n] == prompt.ids and full.starts[n:] and full.starts[n] >= len(prompt_text):
@@ -188,6 +199,57 @@ def _response_ids(
     else:
         answer = _continuation(region, processor, where)
     return answer if ends else [*answer, processor.eos_id]
+
+
+# Stands for an image of a response while the template is rendered: never assigned by Unicode.
+_MARK = "\ufdd6"
+
+
+def _with_marks(response: Message, processor: Processor, where: str) -> Message:
+    """A response as one text, its images marked in their places."""
+    kinds = {part.type for part in response.media}
+    writes = processor.image_tokens is not None and processor.image_tokens.encode is not None
+    if kinds != {"image"} or not writes:
+        raise DataError(
+            f"{where or 'An example'}: the response holds {', '.join(sorted(kinds))}, which this "
+            "checkpoint does not write as tokens. Use a model that generates it (of a Chameleon "
+            "folder the processor needs its image_encoder), or a text-answer template."
+        )
+    pieces = [
+        part.text.replace(_MARK, "\ufffd") if part.type == "text" else _MARK
+        for part in response.content
+    ]
+    return Message(response.role, (Part("text", text="".join(pieces)),))
+
+
+def _draw(
+    answer: Sequence[int],
+    example: Example,
+    response: Message,
+    processor: Processor,
+    pixels: bool,
+    root: str | None,
+) -> list[int]:
+    """The ids of a response with its images' tokens in place of their placeholders."""
+    whole = example.replace(messages=(response,))
+    _, items = _media(whole, processor, pixels, root)
+    ids = np.asarray(answer, np.int32)
+    at = ids == processor.image_token_id
+    if at.sum() != len(items):
+        raise MediaError(
+            f"{example.where or 'An example'}: the response holds {len(items)} images, but the "
+            f"chat template keeps {at.sum()} of them. Use the chat template that belongs to this "
+            "checkpoint."
+        )
+    repeats = np.where(at, processor.image_tokens.length + 2, 1)
+    places = np.where(np.repeat(at, repeats), 0, -1).astype(np.int32)
+    spans = [item.ids for item in items]
+    return processor.image_tokens.fill(np.repeat(ids, repeats), places, spans)[0].tolist()
+
+
+def _is_picture(item: Prepared) -> bool:
+    """Whether an item takes pixels to the model: no clip, and no image that is tokens already."""
+    return item.frames is None and item.ids is None
 
 
 def _region(
@@ -293,6 +355,8 @@ def _pixels(
     where: str,
 ) -> dict[str, Any]:
     """The fields of `Encoded` that hold media, and the positions they decide."""
+    if items and items[0].frames is not None:
+        return _clips(items, processor, pixels)
     if processor.packs_patches:
         merge = processor.image_processor.merge_size
         grids = [item.grid for item in items]
@@ -311,6 +375,8 @@ def _pixels(
             "patches": sum(grid.patches for grid in grids),
             "patch_numbers": processor.image_processor.patch_numbers,
         }
+    if items and items[0].ids is not None:
+        return {"media": {}}
     sizes = {item.size for item in items}
     if len(sizes) > 1:
         raise MediaError(
@@ -320,6 +386,22 @@ def _pixels(
         )
     media = {"pixel_values": np.stack([i.pixels for i in items])} if pixels and items else {}
     return {"media": media, "image_size": next(iter(sizes), None)}
+
+
+def _clips(items: Sequence[Prepared], processor: Processor, pixels: bool) -> dict[str, Any]:
+    """Log-mel features, cut behind what the tower reads of the longest clip."""
+    make = processor.audio_processor
+    frames = np.asarray([item.frames for item in items], np.int32)
+    width = make.width(int(frames.max()))
+    shapes = {
+        "input_features": (len(items), make.feature_size, width),
+        "feature_lengths": (len(items),),
+    }
+    media = {}
+    if pixels:
+        made = np.stack([item.pixels[:, :width] for item in items])
+        media = {"input_features": made, "feature_lengths": frames}
+    return {"media": media, "media_shapes": shapes}
 
 
 def _expand(
@@ -334,9 +416,10 @@ def _expand(
     known = processor.placeholder_ids
     at = np.flatnonzero(np.isin(ids, list(known.values())))
     if len(at) != len(counts):
-        token = " and ".join(repr(t) for t in (processor.image_token, processor.video_token) if t)
+        token = " and ".join(map(repr, processor.media_tokens.values()))
+        what = "clips" if "audio" in known else "images"
         raise MediaError(
-            f"{where or 'An example'}: {len(counts)} images, but the chat template writes "
+            f"{where or 'An example'}: {len(counts)} {what}, but the chat template writes "
             f"{len(at)} placeholders {token or processor.image_token!r}. Use the chat template "
             "that belongs to this checkpoint."
         )
@@ -357,7 +440,7 @@ def _expand(
     return repeats, index.astype(np.int32)
 
 
-def _check_prompt(length: int, features: int, limits: Limits, answered: bool, where: str) -> None:
+def _check_prompt(length: int, features: str, limits: Limits, answered: bool, where: str) -> None:
     allowed = limits.max_prompt_length
     name = "max_prompt_length"
     if allowed is None and limits.max_length is not None:
@@ -366,8 +449,8 @@ def _check_prompt(length: int, features: int, limits: Limits, answered: bool, wh
     if allowed is not None and length > allowed:
         raise InvalidRow(
             "prompt too long",
-            f"{where or 'An example'}: the prompt has {length} tokens ({features} of them image "
-            f"features), {allowed} fit. A prompt is never cut; raise {name}.",
+            f"{where or 'An example'}: the prompt has {length} tokens ({features}), "
+            f"{allowed} fit. A prompt is never cut; raise {name}.",
         )
 
 

@@ -4,6 +4,7 @@ Every prompt has its own seed, so a run that was interrupted continues with the 
 last complete line and ends with the same file as one that was not.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from aa_jax.data.collate import Shapes, collate
+from aa_jax.data.collate import collate, plan_shapes
 from aa_jax.data.example import InvalidRow
 from aa_jax.data.tokens import Limits, encode_example
 from aa_jax.sampling import generate
@@ -106,9 +107,7 @@ def _sample(
     mesh: jax.sharding.Mesh | None,
 ) -> list[dict]:
     """One batch: the responses to encoded prompts, in their order."""
-    images = max(item.images for item in encoded)
-    pixels = [item.media["pixel_values"] for item in encoded if item.images]
-    shapes = Shapes(prompt_length, 0, images, pixels[0].shape[-2:] if pixels else None)
+    shapes = dataclasses.replace(plan_shapes(encoded, "prompt"), length=prompt_length)
     batch = collate(encoded, shapes, "prompt", batch_rows=batch_rows, pad_id=processor.pad_id)
     padded = np.zeros(batch_rows, np.uint32)
     padded[: len(seeds)] = seeds

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from aa_jax.errors import ModelError
+from aa_jax.models.chameleon import modeling as _chameleon
+from aa_jax.models.chameleon.params import names as _chameleon_names
 from aa_jax.models.config import Reader
 from aa_jax.models.decoder_names import decoder_names as _decoder_names
 from aa_jax.models.functional import Model, Params, functional
@@ -20,6 +22,8 @@ from aa_jax.models.llava import modeling as _llava
 from aa_jax.models.llava.params import names as _llava_names
 from aa_jax.models.names import Names
 from aa_jax.models.qwen import modeling as _qwen
+from aa_jax.models.qwen2_audio import modeling as _qwen2_audio
+from aa_jax.models.qwen2_audio.params import names as _qwen2_audio_names
 from aa_jax.models.qwen2_vl import config as _qwen2_vl_config
 from aa_jax.models.qwen2_vl.modeling import Qwen2VL as _Qwen2VL
 from aa_jax.models.qwen2_vl.params import names as _qwen2_vl_names
@@ -45,6 +49,15 @@ ARCHITECTURES: dict[str, Family] = {
     "LlavaForConditionalGeneration": Family(
         "llava", _llava.LlavaConfig, _llava.Llava, _llava_names
     ),
+    "Qwen2AudioForConditionalGeneration": Family(
+        "qwen2_audio",
+        _qwen2_audio.Qwen2AudioConfig,
+        _qwen2_audio.Qwen2Audio,
+        _qwen2_audio_names,
+    ),
+    "ChameleonForConditionalGeneration": Family(
+        "chameleon", _chameleon.ChameleonConfig, _chameleon.Chameleon, _chameleon_names
+    ),
     "Qwen2VLForConditionalGeneration": Family(
         "qwen2_vl", _qwen2_vl_config.Qwen2VLConfig, _Qwen2VL, _qwen2_vl_names
     ),
@@ -57,6 +70,8 @@ _MODEL_TYPES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "llava": "LlavaForConditionalGeneration",
+    "qwen2_audio": "Qwen2AudioForConditionalGeneration",
+    "chameleon": "ChameleonForConditionalGeneration",
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
 }

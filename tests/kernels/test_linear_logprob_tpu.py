@@ -10,9 +10,7 @@ from aa_jax.kernels.linear_logprob import pallas_tpu
 from aa_jax.kernels.linear_logprob.spec import Spec
 
 N, D, V = 40, 24, 300  # three token tiles, three vocabulary tiles: nothing divides anything
-ENGINE = pallas_tpu.engine(
-    pallas_tpu.Sizes(16, 128, 128), pltpu.InterpretParams(detect_races=True)
-)
+ENGINE = pallas_tpu.engine(pallas_tpu.Sizes(16, 128, 128), pltpu.InterpretParams(detect_races=True))
 
 
 def problem(dtype, scale=2.0):
@@ -53,9 +51,7 @@ def run(dtype, *, temperature=1.0, softcap=None, masked=True, dirty=False):
 
     def both(hidden, head, bias, targets, mask, cotangents):
         def fn(hidden, head, bias):
-            return tuple(
-                pallas_tpu._call(hidden, head, targets, mask, bias, spec, ENGINE)
-            )
+            return tuple(pallas_tpu._call(hidden, head, targets, mask, bias, spec, ENGINE))
 
         outs, pull = jax.vjp(fn, hidden, head, bias)
         return outs, pull(tuple(cotangents))
