@@ -36,6 +36,9 @@ class Sizes(NamedTuple):
     depth: int = 512
 
 
+SIZES = Sizes()
+
+
 def linear_logprob(
     hidden: Float[Array, "N D"],
     head: Float[Array, "V D"],
@@ -62,7 +65,7 @@ def _call(hidden, head, targets, mask, bias, spec, engine):
     return LogProbs(jnp.where(known | ~counts, outs[0], jnp.nan), *outs[1:])
 
 
-def engine(sizes: Sizes = Sizes(), interpret=False) -> blocked.Engine:
+def engine(sizes: Sizes = SIZES, interpret=False) -> blocked.Engine:
     """The kernels with these tile sizes; ``interpret`` as in ``pallas_call``."""
     return blocked.Engine(
         functools.partial(_partials, sizes=sizes, interpret=interpret),
@@ -71,7 +74,7 @@ def engine(sizes: Sizes = Sizes(), interpret=False) -> blocked.Engine:
 
 
 def _partials(hidden, targets, live, tiles, vocab, spec, *, sizes, interpret):
-    """See `blocked.Engine`; the tiles of the head are neighbours, so the kernel reads them whole."""
+    """See `blocked.Engine`; the tiles of the head are neighbours, so it reads them whole."""
     blocks, chunk, depth = hidden.shape
     weight = tiles.weight.reshape(-1, depth)
     bias = None if tiles.bias is None else tiles.bias.reshape(1, -1)
@@ -184,9 +187,7 @@ def _cost(hidden, weight, out_bytes):
     )
 
 
-def _accumulate(h_ref, w_ref, acc_ref):
-    k = pl.program_id(2)
-
+def _accumulate(h_ref, w_ref, acc_ref, k):
     @pl.when(k == 0)
     def _():
         acc_ref[...] = jnp.zeros_like(acc_ref)
@@ -205,12 +206,13 @@ def _forward_kernel(live_ref, h_ref, w_ref, *refs, spec, vocab, biased):
     b_ref = refs[0] if biased else None
     t_ref, out_ref, acc_ref, *state = refs[biased:]
     i, j, k = (pl.program_id(axis) for axis in range(3))
-    last = (j == pl.num_programs(1) - 1) & (k == pl.num_programs(2) - 1)
+    deep = k == pl.num_programs(2) - 1
+    last = deep & (j == pl.num_programs(1) - 1)
     alive = live_ref[i] > 0
 
     @pl.when(alive)
     def _():
-        _accumulate(h_ref, w_ref, acc_ref)
+        _accumulate(h_ref, w_ref, acc_ref, k)
 
     @pl.when(alive & (j == 0) & (k == 0))
     def _():
@@ -218,7 +220,7 @@ def _forward_kernel(live_ref, h_ref, w_ref, *refs, spec, vocab, biased):
         for ref in state[1:]:
             ref[...] = jnp.zeros_like(ref)
 
-    @pl.when(alive & (k == pl.num_programs(2) - 1))
+    @pl.when(alive & deep)
     def _():
         z, _ = tile.logits(acc_ref[...], None if b_ref is None else b_ref[...], spec)
         index = tile.columns(j * z.shape[1], z.shape)
@@ -246,12 +248,14 @@ def _forward_kernel(live_ref, h_ref, w_ref, *refs, spec, vocab, biased):
 def _dlogits_kernel(first_ref, h_ref, w_ref, *refs, spec, vocab, biased):
     b_ref = refs[0] if biased else None
     t_ref, rows_ref, out_ref, acc_ref = refs[biased:]
-    _accumulate(h_ref, w_ref, acc_ref)
+    # Asked here: the interpreter does not know the grid inside a branch.
+    j, k = pl.program_id(1), pl.program_id(2)
+    _accumulate(h_ref, w_ref, acc_ref, k)
 
-    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    @pl.when(k == pl.num_programs(2) - 1)
     def _():
         z, capped = tile.logits(acc_ref[...], None if b_ref is None else b_ref[...], spec)
-        index = tile.columns(first_ref[0] + pl.program_id(1) * z.shape[1], z.shape)
+        index = tile.columns(first_ref[0] + j * z.shape[1], z.shape)
         rows = blocked.Rows(*(rows_ref[:, n : n + 1] for n in range(len(blocked.Rows._fields))))
         dz = tile.dlogits(z, capped, index == t_ref[...], *rows, spec)
         out_ref[...] = jnp.where(index < vocab, dz, 0.0).astype(out_ref.dtype)

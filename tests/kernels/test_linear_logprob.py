@@ -300,7 +300,7 @@ def test_vocabulary_over_devices_equals_one_device():
 
 def test_errors_list_the_choices():
     p = problem()
-    with pytest.raises(ConfigError, match=r"'triton'.*\['reference', 'xla'\]"):
+    with pytest.raises(ConfigError, match=r"'triton'.*\['pallas_tpu', 'reference', 'xla'\]"):
         linear_logprob(p.hidden, p.head, p.targets, impl="triton")
     for name, zero in (("temperature", 0.0), ("softcap", 0.0), ("chunk", 0)):
         with pytest.raises(ConfigError, match=f"{name} must be positive, got 0"):
