@@ -128,7 +128,7 @@ def test_recipes_train_it(recipe, tiny, tmp_path):
         steps=2,
         log_every=1,
         frozen=frozen,
-        optim={"lr": 1e-2, "schedule": "constant"},
+        optim={"lr": 1e-2, "schedule": "constant", "warmup_steps": 0},
     )
     assert figures["steps"] == 2 and figures["examples"] == 3 and not figures["dropped"]
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
