@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from aa_jax.errors import CheckpointError, ModelError
 from aa_jax.models import safetensors
 from aa_jax.models.chameleon import vq_params
+from aa_jax.models.chameleon.vocabulary import ImageVocabulary
 from aa_jax.models.chameleon.vq import VQ, VQConfig
 from aa_jax.models.config import Reader
 from aa_jax.models.functional import Params, dtype_named
@@ -175,6 +176,34 @@ def _stored_names(folder: Path) -> set[str]:
         except safetensors.BadFile as error:
             raise CheckpointError(f"{file} {error}.") from error
     return {name.removeprefix("model.vqmodel.") for name in found}
+
+
+def image_encoder(
+    tokenizer: ImageTokenizer, params: Params, vocabulary: ImageVocabulary
+) -> Callable[[Float[np.ndarray, "N C H W"]], Int[np.ndarray, "N P"]]:
+    """``pixels -> tokens of the vocabulary`` on the host, compiled once per shape: what
+    `aa_jax.data.processor.Processor.from_pretrained` takes as ``image_encoder``.
+
+    Args:
+        tokenizer: the model's image tokenizer, or another with the same codebook size.
+        params: its parameters.
+        vocabulary: `config.images` of the Chameleon model.
+
+    Raises:
+        ModelError: the vocabulary does not name a token for each code.
+    """
+    table = np.asarray(vocabulary.code_tokens, np.int32)
+    if len(table) != tokenizer.config.num_embeddings:
+        raise ModelError(
+            f"The model's vocabulary_map names {len(table)} image tokens, but the image tokenizer "
+            f"has {tokenizer.config.num_embeddings} codes; use the tokenizer it was trained with."
+        )
+    encode = jax.jit(tokenizer.encode)
+
+    def tokens(pixels: Float[np.ndarray, "N C H W"]) -> Int[np.ndarray, "N P"]:
+        return table[np.asarray(encode(params, pixels))].reshape(len(pixels), -1)
+
+    return tokens
 
 
 def save_tokenizer(
