@@ -24,7 +24,7 @@ from aa_jax.data.processor import Processor
 from aa_jax.data.tokens import Limits, Sizes
 from aa_jax.errors import CheckpointError, ConfigError
 from aa_jax.models import Model, heads
-from aa_jax.sharding import put_batch, shardings
+from aa_jax.sharding import batch_devices, pad_rows, put_batch, shardings
 from aa_jax.training.loop import fit
 from aa_jax.training.optim import make_optimizer
 from aa_jax.training.state import init_state
@@ -288,7 +288,7 @@ def reference_logps(
     parts = []
     for start in range(0, len(data), batch_rows):
         items = [data[i] for i in range(start, min(start + batch_rows, len(data)))]
-        batch = put_batch(form(items, batch_rows=batch_rows), mesh)
+        batch = _placed(form(items, batch_rows=batch_rows), mesh)
         parts.append(np.asarray(compute(params, batch)).reshape(-1, 2)[: len(items)])
     values = np.concatenate(parts).astype(np.float32)
     if path:
@@ -297,6 +297,11 @@ def reference_logps(
         np.savez(partial, key=key, values=values)
         partial.replace(path)
     return values
+
+
+def _placed(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """The batch on the mesh, whatever its rows: empty ones fill up to the devices."""
+    return put_batch(pad_rows(batch, batch_devices(mesh)), mesh)
 
 
 def _fingerprint(params: Mapping[str, Any], data: Any) -> str:
@@ -337,7 +342,7 @@ def _evaluation(
         sums = None
         for start in range(0, len(data), batch_rows):
             items = [data[i] for i in range(start, min(start + batch_rows, len(data)))]
-            _, metrics = loss(state["params"], put_batch(form(items, batch_rows=batch_rows), mesh))
+            _, metrics = loss(state["params"], _placed(form(items, batch_rows=batch_rows), mesh))
             metrics = jax.device_get({k: _first(v) for k, v in metrics.items()})
             sums = metrics if sums is None else jax.tree.map(np.add, sums, metrics)
         return {name: float(ratio.mean) for name, ratio in sums.items()}

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -78,6 +79,21 @@ def test_dpo_starts_at_log_two_and_layouts_agree(checkpoint, preferences, tmp_pa
     # Policy and reference are equal before the first update: -log sigmoid(0).
     assert first[0][0] == pytest.approx(np.log(2), abs=1e-6)
     np.testing.assert_allclose(first[0], first[1], rtol=1e-5)
+
+
+def test_any_batch_size_on_any_number_of_devices(checkpoint, preferences, tmp_path):
+    """5 pairs per update over 8 devices, held-out data too: the numbers of one device."""
+    found = []
+    for name, data in {"many": -1, "one": 1}.items():
+        cfg = settings("dpo", checkpoint, preferences)
+        cfg["train"] |= {"steps": 2, "batch_rows": 5}
+        cfg["eval_data"] = {"size": 7}
+        with mock.patch("jax.devices", lambda *a, d=jax.devices(), n=data: d[:n] if n > 0 else d):
+            cfg["mesh"] = {"data": -1}
+            runs.run(tmp_path / name, **cfg)
+        rows = read_metrics(tmp_path / name, stage="train")
+        found.append(series(rows, "loss")[1] + series(rows, "eval/loss")[1])
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
 
 
 def test_a_second_start_continues_and_changes_nothing(checkpoint, preferences, tmp_path):
