@@ -83,13 +83,13 @@ def test_dpo_starts_at_log_two_and_layouts_agree(checkpoint, preferences, tmp_pa
 
 def test_any_batch_size_on_any_number_of_devices(checkpoint, preferences, tmp_path):
     """5 pairs per update over 8 devices, held-out data too: the numbers of one device."""
-    found = []
-    for name, data in {"many": -1, "one": 1}.items():
+    found, devices = [], jax.devices()
+    for name, count in {"many": len(devices), "one": 1}.items():
         cfg = settings("dpo", checkpoint, preferences)
         cfg["train"] |= {"steps": 2, "batch_rows": 5}
         cfg["eval_data"] = {"size": 7}
-        with mock.patch("jax.devices", lambda *a, d=jax.devices(), n=data: d[:n] if n > 0 else d):
-            cfg["mesh"] = {"data": -1}
+        cfg["mesh"] = {"data": -1}
+        with mock.patch("jax.devices", lambda *args, n=count: devices[:n]):
             runs.run(tmp_path / name, **cfg)
         rows = read_metrics(tmp_path / name, stage="train")
         found.append(series(rows, "loss")[1] + series(rows, "eval/loss")[1])
