@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -147,14 +148,14 @@ class _Plan:
         outer = self.down if by_keys else self.across
 
         def place(ref, b, o, n):
-            return ref[((0 if self.shared else b) * outer + o) * steps + n % steps]
+            return ref[((0 if self.shared else b) * outer + o) * steps + _split(n, steps)[1]]
 
         def where(kind):
             def index_map(b, h, o, n, flags, fetch):
                 if by_keys:
-                    head, kv_head = h * self.group + n // steps, h
+                    head, kv_head = h * self.group + _split(n, steps)[0], h
                 else:
-                    head, kv_head = h, h // self.group
+                    head, kv_head = h, _split(h, self.group)[0]
                 moving = place(fetch, b, o, n)
                 i, j = (moving, o) if by_keys else (o, moving)
                 return {
@@ -194,6 +195,12 @@ class _Plan:
             interpret=interpret,
             name=name,
         )(touched.astype(jnp.int32).reshape(-1), fetch.reshape(-1), *(x for x, _ in inputs))
+
+
+def _split(number, size):
+    """Quotient and remainder; ``//`` asks for a sign, which not every TPU computes alike."""
+    size = np.int32(size)
+    return jax.lax.div(number, size), jax.lax.rem(number, size)
 
 
 def _dot(a, b, contract):

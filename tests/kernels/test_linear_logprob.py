@@ -10,7 +10,8 @@ import pytest
 from jax.test_util import check_grads
 
 from aa_jax.errors import ConfigError
-from aa_jax.kernels.linear_logprob import linear_logprob, xla
+from aa_jax.kernels.linear_logprob import linear_logprob, sharded, xla
+from aa_jax.kernels.linear_logprob.spec import Spec
 
 N, D, V = 23, 5, 37  # nothing divides anything
 
@@ -305,3 +306,44 @@ def test_errors_list_the_choices():
     for name, zero in (("temperature", 0.0), ("softcap", 0.0), ("chunk", 0)):
         with pytest.raises(ConfigError, match=f"{name} must be positive, got 0"):
             linear_logprob(p.hidden, p.head, p.targets, **{name: zero})
+
+
+@pytest.mark.parametrize("need_entropy", [True, False])
+def test_explicitly_divided_vocabulary_equals_float64(need_entropy):
+    from jax.sharding import AxisType
+
+    p = problem(n=24, d=8, v=40)
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    spec = Spec(0.7, 3.0, need_entropy, chunk=5, tile=4)
+    if not need_entropy:
+        p.cotangents = p.cotangents.at[1].set(0)
+    values, grads = torch_oracle(p, 0.7, 3.0, p.mask)
+
+    @jax.jit
+    def both(hidden, head, bias):
+        def fn(*x):
+            out = sharded.linear_logprob(
+                *x[:2], p.targets, p.mask, x[2], spec, mesh=mesh, tokens=("data",)
+            )
+            return out.logps, out.entropy, out.lse
+
+        outs, pull = jax.vjp(fn, hidden, head, bias)
+        c = p.cotangents
+        return outs, pull((c[0], c[1] if need_entropy else None, c[2]))
+
+    outs, got = both(p.hidden, p.head, p.bias)
+    for a, b in zip(outs, values, strict=True):
+        if a is not None:
+            np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-5)
+    for a, b in zip(got, grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_what_cannot_be_divided_says_so():
+    p = problem(n=24, d=8, v=42)
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    args = p.hidden, p.head, p.targets, None, None, Spec()
+    with pytest.raises(ConfigError, match=r"the vocabulary \(42\) cannot be divided over 4"):
+        sharded.linear_logprob(*args, mesh=mesh, tokens=("data",))
+    with pytest.raises(ConfigError, match=r"and not \['fsdp'\]"):
+        sharded.linear_logprob(*args, mesh=mesh)
