@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from aa_jax import losses
-from aa_jax.errors import DataError
-from aa_jax.losses.preference import check_variant, pair_up
+from aa_jax.errors import ConfigError, DataError
+from aa_jax.losses.preference import check_variant
+from aa_jax.losses.unpaired import check_unpaired, needs_kl
 from aa_jax.models import heads
 from aa_jax.models.functional import Batch, Model, Params
 
@@ -46,30 +47,35 @@ def sft(
     return objective
 
 
-def dpo(
+def preference(
     model: Model,
     *,
-    beta: float = 0.1,
     variant: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    sft_coef: float = 0.0,
+    beta: float | None = None,
+    sft_coef: float | None = None,
+    weighting: str | None = None,
     entropy: bool = False,
     chunk: int | None = None,
+    **options: Any,
 ) -> Objective:
-    """Direct preference optimisation and its relatives.
+    """Direct preference optimisation and its relatives, with and without a reference.
 
     The batch holds chosen and rejected behind one prompt (S = 2) or in consecutive rows (S = 1).
     The reference's log-probabilities are ``batch["ref_logps"]`` [B, S], computed once with
     `compute_ref_logps`; without them they are computed in the step from the role ``reference``.
+    Reference-free losses (`aa_jax.losses.preference.REFERENCE_FREE`) want neither.
 
     Args:
       model: the model, of policy and reference.
-      beta: see `aa_jax.losses.preference`.
       variant: key of `aa_jax.losses.PREFERENCE_LOSSES`.
-      label_smoothing: probability that a label is wrong, for variants that take it.
-      sft_coef: weight of the likelihood of the chosen responses.
+      beta: see the variant; None is its default.
+      sft_coef: weight of the likelihood of the chosen responses; None is what belongs to the
+        variant.
+      weighting: "wpo" weights pairs by how likely the policy is to produce them.
       entropy: also report the mean entropy per response token.
       chunk: tokens per block of logits, see `aa_jax.kernels.linear_logprob`.
+      **options: the variant's other options (label_smoothing, gamma, ...), and divergence, alpha
+        and optimism of `aa_jax.losses.preference_loss`.
 
     Returns:
       ``objective(params, batch, reference=None)``; see `aa_jax.losses.preference_loss` for the
@@ -78,29 +84,125 @@ def dpo(
     Raises:
       ConfigError: unknown variant, or an option out of range or not the variant's.
     """
-    options = {"label_smoothing": label_smoothing} if label_smoothing else {}
-    check_variant(variant, beta=beta, **options)
+    given = {name: value for name, value in options.items() if name != "optimism"}
+    check_variant(variant, beta=beta, **given)
+    if weighting not in (None, "wpo"):
+        raise ConfigError(f"There is no weighting {weighting!r}; there is 'wpo', or None.")
+    compare = losses.needs_reference(variant)
     reference_logps = compute_ref_logps(model, chunk=chunk)
 
     def objective(params: Params, batch: Batch, reference: Params | None = None) -> losses.Loss:
-        if "ref_logps" in batch:
+        ref_logps = None
+        if compare and "ref_logps" in batch:
             ref_logps = jnp.asarray(batch["ref_logps"])
-        elif reference is not None:
+        elif compare and reference is not None:
             ref_logps = reference_logps(reference, batch)
-        else:
+        elif compare:
             raise DataError(
-                "DPO compares with a reference: put its log-probabilities into the batch as "
-                "'ref_logps' (objectives.compute_ref_logps) or give the step reference=<params>."
+                f"The preference loss {variant!r} compares with a reference: put its "
+                "log-probabilities into the batch as 'ref_logps' (objectives.compute_ref_logps) or "
+                "give the step reference=<params>."
             )
-        tokens = token_logps(model, params, batch, need_entropy=entropy, chunk=chunk)
+        tokens, squares = response_tokens(
+            model, params, batch, squares=weighting == "wpo", need_entropy=entropy, chunk=chunk
+        )
         logps, lengths = losses.sequence_logps(tokens.logps, tokens.mask)
         sequence_mask = jnp.asarray(batch["sequence_mask"])
+        weights = None
+        if squares is not None:
+            weights = losses.wpo_weights(tokens.logps, squares, tokens.mask)
+            weights = weights.reshape(-1, 2).prod(-1)
         loss, metrics = losses.preference_loss(
-            pair_up(logps, ref_logps, lengths, sequence_mask),
+            losses.pair_up(logps, ref_logps, lengths, sequence_mask),
             variant=variant,
             beta=beta,
             sft_coef=sft_coef,
+            weights=weights,
             **options,
+        )
+        return loss, metrics | _entropy(tokens, sequence_mask)
+
+    return objective
+
+
+dpo = preference
+
+
+def kto(
+    model: Model,
+    *,
+    variant: str = "kto",
+    beta: float = 0.1,
+    entropy: bool = False,
+    chunk: int | None = None,
+    **options: Any,
+) -> Objective:
+    """Learning from responses marked good or bad: KTO and its relatives.
+
+    The batch holds one response per row and ``label`` [B] (1 desirable, 0 undesirable). For the KL
+    estimate of KTO it holds under ``mismatched`` a second batch: the same prompts, each with the
+    response of another example. Reference log-probs are ``ref_logps`` [B, 1] of either batch, or
+    come from the role ``reference``. No gradient flows through the mismatched rows.
+
+    Args:
+      model: the model, of policy and reference.
+      variant: key of `aa_jax.losses.UNPAIRED_LOSSES`.
+      beta: strength of the pull to the reference.
+      entropy: also report the mean entropy per response token.
+      chunk: tokens per block of logits, see `aa_jax.kernels.linear_logprob`.
+      **options: the variant's other options, e.g. desirable_weight.
+
+    Returns:
+      ``objective(params, batch, reference=None)``; see `aa_jax.losses.unpaired_loss` for the
+      metrics.
+
+    Raises:
+      ConfigError: unknown variant, or an option out of range or not the variant's.
+    """
+    check_unpaired(variant, beta=beta, **options)
+    with_kl = needs_kl(variant)
+    reference_logps = compute_ref_logps(model, chunk=chunk)
+
+    def reference_of(batch: Batch, reference: Params | None) -> Float[Array, "B S"]:
+        if "ref_logps" in batch:
+            return jnp.asarray(batch["ref_logps"])
+        if reference is None:
+            raise DataError(
+                f"The loss {variant!r} compares with a reference: put its log-probabilities into "
+                "the batch (and into its 'mismatched' part) as 'ref_logps', see "
+                "objectives.compute_ref_logps, or give the step reference=<params>."
+            )
+        return reference_logps(reference, batch)
+
+    def objective(params: Params, batch: Batch, reference: Params | None = None) -> losses.Loss:
+        extra = {}
+        if with_kl:
+            if "mismatched" not in batch:
+                raise DataError(
+                    f"The loss {variant!r} estimates a KL divergence on mismatched pairs of prompt "
+                    "and response, but the batch has none: add them as 'mismatched' (the recipe "
+                    "'kto' does), or use the variant 'apo_zero_unpaired', which has no such term."
+                )
+            others = batch["mismatched"]
+            drift = reference_logps(jax.lax.stop_gradient(params), others)
+            kl = losses.reference_kl(
+                drift.reshape(-1),
+                reference_of(others, reference).reshape(-1),
+                jnp.asarray(others["sequence_mask"]).reshape(-1),
+            )
+            extra = {"kl": kl}
+        tokens = token_logps(model, params, batch, need_entropy=entropy, chunk=chunk)
+        logps, _ = losses.sequence_logps(tokens.logps, tokens.mask)
+        sequence_mask = jnp.asarray(batch["sequence_mask"])
+        label = jnp.asarray(batch["label"], jnp.float32).reshape(-1)
+        examples = losses.Unpaired(
+            logps.reshape(-1),
+            reference_of(batch, reference).reshape(-1),
+            label,
+            sequence_mask.reshape(-1),
+        )
+        loss, metrics = losses.unpaired_loss(
+            examples, variant=variant, beta=beta, **options, **extra
         )
         return loss, metrics | _entropy(tokens, sequence_mask)
 
@@ -125,7 +227,7 @@ def reward(model: Model, *, regularization: float = 0.0, centering: float = 0.0)
         scores = heads.score(model, params, batch)
         sequence_mask = jnp.asarray(batch["sequence_mask"])
         zeros = jnp.zeros_like(scores)
-        pairs = pair_up(scores, zeros, zeros, sequence_mask)
+        pairs = losses.pair_up(scores, zeros, zeros, sequence_mask)
         margin = None
         if "margin" in batch:
             # One per pair, or the same on both of its sequences.
@@ -170,9 +272,33 @@ def token_logps(
       features: encoded media, to share them between calls.
       **options: see `aa_jax.losses.response_logps`.
     """
+    return response_tokens(model, params, batch, features, **options)[0]
+
+
+def response_tokens(
+    model: Model,
+    params: Params,
+    batch: Batch,
+    features: Float[Array, "B F D"] | None = None,
+    *,
+    squares: bool = False,
+    **options: Any,
+) -> tuple[losses.TokenLogps, Float[Array, "B S R"] | None]:
+    """`token_logps`, and with ``squares`` log Σ_v π(v)² of each token's distribution (for WPO).
+
+    ``log Σ p² = lse(2z) − 2 lse(z)``: one more pass of the hidden states over the head, at half the
+    temperature, without gradient.
+    """
     hidden = model.hidden_states(params, batch, features)
-    arrays = (jnp.asarray(batch[key]) for key in ("target_positions", "targets", "loss_mask"))
-    return losses.response_logps(hidden, model.head(params), *arrays, **options)
+    arrays = [jnp.asarray(batch[key]) for key in ("target_positions", "targets", "loss_mask")]
+    head = model.head(params)
+    tokens = losses.response_logps(hidden, head, *arrays, **options)
+    if not squares:
+        return tokens, None
+    options = options | {"temperature": options.get("temperature", 1.0) / 2, "need_entropy": False}
+    fixed = jax.lax.stop_gradient((hidden, head))
+    doubled = losses.response_logps(*fixed, *arrays, **options)
+    return tokens, doubled.lse - 2 * jax.lax.stop_gradient(tokens.lse)
 
 
 def _entropy(tokens: losses.TokenLogps, sequence_mask: Float[Array, "B S"]) -> losses.Metrics:

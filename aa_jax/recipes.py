@@ -16,13 +16,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from aa_jax import objectives
+from aa_jax import losses, objectives
 from aa_jax.data.collate import Shapes, collate
 from aa_jax.data.encoded import EncodedExamples, WithColumn
 from aa_jax.data.loader import Loader, pack
+from aa_jax.data.mismatched import Mismatched
 from aa_jax.data.processor import Processor
 from aa_jax.data.tokens import Limits, Sizes
 from aa_jax.errors import CheckpointError, ConfigError
+from aa_jax.losses.unpaired import needs_kl
 from aa_jax.models import Model, heads
 from aa_jax.sharding import batch_devices, pad_rows, put_batch, shardings
 from aa_jax.training.loop import fit
@@ -41,21 +43,43 @@ class Recipe:
       task: how a dataset row is read, see `aa_jax.data.dataset.Dataset`.
       layout: of the batch, see `aa_jax.data.collate`.
       objective: `(model, **options) -> objective`.
-      reference: the loss compares with the log-probs of the initial model.
+      reference: `options -> bool`, whether the loss compares with the log-probs of the initial
+        model.
+      mismatched: `options -> bool`, whether the batch also holds every prompt with the response of
+        another example.
+      extras: columns of the examples' meta data that the loss reads.
       score_head: the trained parameters are a score model, {"model", "score_head"}.
     """
 
     task: str
     layout: str
     objective: Callable[..., Callable]
-    reference: bool = False
+    reference: Callable[[Mapping[str, Any]], bool] = lambda options: False
+    mismatched: Callable[[Mapping[str, Any]], bool] = lambda options: False
+    extras: tuple[str, ...] = ()
     score_head: bool = False
 
+
+_PREFERENCE = Recipe(
+    "preference",
+    "preference",
+    objectives.preference,
+    reference=lambda options: losses.needs_reference(options.get("variant", "sigmoid")),
+)
 
 RECIPES: dict[str, Recipe] = {
     "sft": Recipe("supervised", "supervised", objectives.sft),
     "feedback": Recipe("feedback", "supervised", objectives.sft),
-    "dpo": Recipe("preference", "preference", objectives.dpo, reference=True),
+    "preference": _PREFERENCE,
+    "dpo": _PREFERENCE,
+    "kto": Recipe(
+        "unpaired",
+        "supervised",
+        objectives.kto,
+        reference=lambda options: True,
+        mismatched=lambda options: needs_kl(options.get("variant", "kto")),
+        extras=("label",),
+    ),
     "reward": Recipe("preference", "preference", objectives.reward, score_head=True),
 }
 
@@ -143,12 +167,22 @@ def train(
         raise ConfigError("optim.lr is not set: give the peak learning rate.")
     started = time.perf_counter()
     rule = Limits(**(limits or {}))
+    options = dict(objective or {})
+    # Built first: a wrong option is an error before anything is read or computed.
+    loss = row.objective(model, **options)
     layout = row.layout if share_prefix or row.layout != "preference" else "preference_rows"
     data = _encode(examples, processor, rule)
+    if row.task == "unpaired" and any(size.trained for size in data.sizes):
+        raise ConfigError(
+            f"the recipe {recipe!r} judges a response as a whole, but the data trains earlier "
+            "turns too: set train_on='last' in the data's limits."
+        )
     shapes, groups = data.shapes(layout), None
     if pack_length:
-        if layout != "supervised":
-            raise ConfigError(f"pack_length is for supervised recipes; {recipe!r} reads pairs.")
+        if layout != "supervised" or row.extras:
+            raise ConfigError(
+                f"pack_length is for supervised recipes; {recipe!r} reads responses one by one."
+            )
         shapes = _packed_shapes(data.sizes, shapes, pack_length)
         groups = pack(data.sizes, shapes, seed=seed)
     roles: dict[str, Any] = {}
@@ -160,22 +194,20 @@ def train(
     else:
         axes = model.axes()
     places = shardings(axes, jax.eval_shape(lambda: params), mesh)
-    form = _form(shapes, layout, processor)
-    if row.reference:
-        values = reference_logps(model, params, data, form, batch_rows, mesh, cache=reference_cache)
-        data = WithColumn(data, "ref_logps", values)
-        form = _form(shapes, layout, processor, "ref_logps")
+    data, form = _prepare(
+        row, options, data, shapes, layout, processor, batch_rows, mesh, model, params,
+        cache=reference_cache,
+    )  # fmt: skip
     loader = Loader(
         data, form, batch_rows, epochs=None if steps else epochs, seed=seed, groups=groups
     )
     total = steps or len(loader)
     tx, schedule = make_optimizer(total_steps=total, **(optim or {}))
-    loss = row.objective(model, **(objective or {}))
     evaluate = None
     if eval_examples is not None:
         held_out = _encode(eval_examples, processor, rule)
         evaluate = _evaluation(
-            row, model, params, objective, held_out, layout, processor, batch_rows, mesh
+            row, model, params, options, held_out, layout, processor, batch_rows, mesh
         )
     state = fit(
         step=make_step(
@@ -226,17 +258,58 @@ def _mean_items(sizes: Sequence[Sizes], name: str) -> float:
     return float(np.mean([size.media.get(name, (0,))[0] for size in sizes]))
 
 
-def _form(shapes: Shapes, layout: str, processor: Processor, *extras: str) -> Callable:
-    """`(items, batch_rows) -> batch`; a pair's extras are split where its rows are."""
+def _prepare(
+    row: Recipe,
+    options: Mapping[str, Any],
+    data: Any,
+    shapes: Shapes,
+    layout: str,
+    processor: Processor,
+    batch_rows: int,
+    mesh: jax.sharding.Mesh,
+    model: Model,
+    params: Mapping[str, Any],
+    cache: str | Path | None = None,
+) -> tuple[Any, Callable]:
+    """(data with all the loss reads, how it becomes a batch)."""
+    twin_shapes = None
+    if row.mismatched(options):
+        data = Mismatched(data)
+        twin_shapes = data.twin_shapes(layout)
+    form = _form(shapes, layout, processor, row.extras, twin_shapes)
+    if row.reference(options):
+        values = reference_logps(model, params, data, form, batch_rows, mesh, cache=cache)
+        data = WithColumn(data, "ref_logps", values)
+        form = _form(shapes, layout, processor, (*row.extras, "ref_logps"), twin_shapes)
+    return data, form
+
+
+def _form(
+    shapes: Shapes,
+    layout: str,
+    processor: Processor,
+    extras: Sequence[str] = (),
+    twin_shapes: Shapes | None = None,
+) -> Callable:
+    """`(items, batch_rows) -> batch`.
+
+    A pair's extras are split where its rows are; reference log-probs of an example and its
+    mismatched twin where those are.
+    """
 
     def form(items: Sequence, batch_rows: int) -> dict[str, Any]:
-        batch = collate(
-            items, shapes, layout, batch_rows=batch_rows, pad_id=processor.pad_id, extras=extras
-        )
+        rest = dict(batch_rows=batch_rows, pad_id=processor.pad_id)
+        batch = collate(items, shapes, layout, extras=extras, **rest)
         if layout == "preference_rows":
             for name in extras:  # every row carries (chosen, rejected); it is one of the two
                 rows = np.arange(len(batch[name]))
                 batch[name] = batch[name][rows, rows % 2][:, None]
+        if twin_shapes is not None:
+            twins = [item.meta["mismatched"] for item in items]
+            batch["mismatched"] = collate(twins, twin_shapes, layout, **rest)
+            if "ref_logps" in batch:
+                both = batch["ref_logps"]
+                batch["ref_logps"], batch["mismatched"]["ref_logps"] = both[:, :1], both[:, 1:]
         return batch
 
     return form
@@ -258,7 +331,8 @@ def reference_logps(
     mesh: jax.sharding.Mesh,
     cache: str | Path | None = None,
 ) -> np.ndarray:
-    """Summed log-probs of (chosen, rejected) under the initial model, [N, 2] float32.
+    """Summed log-probs under the initial model, [N, k] float32: of (chosen, rejected), or of a
+    response and then its mismatched twin, if it has one.
 
     Computed once, before training, so that no second model is in memory during it.
 
@@ -284,12 +358,22 @@ def reference_logps(
                 "are computed again."
             ) from error
         log.warning("%s belongs to another reference or other pairs; computing again.", path)
-    compute = jax.jit(objectives.compute_ref_logps(model))
+    one = objectives.compute_ref_logps(model)
+
+    def both(params: Mapping[str, Any], batch: Mapping[str, Any]) -> jax.Array:
+        parts = [one(params, batch)]
+        if "mismatched" in batch:
+            parts.append(one(params, batch["mismatched"]))
+        return jax.numpy.concatenate(parts, axis=-1)
+
+    compute = jax.jit(both)
     parts = []
     for start in range(0, len(data), batch_rows):
         items = [data[i] for i in range(start, min(start + batch_rows, len(data)))]
-        batch = _placed(form(items, batch_rows=batch_rows), mesh)
-        parts.append(np.asarray(compute(params, batch)).reshape(-1, 2)[: len(items)])
+        made = form(items, batch_rows=batch_rows)
+        # Without the rows that fill up the devices.
+        values = np.asarray(compute(params, _placed(made, mesh)))[: len(made["tokens"])]
+        parts.append(values.reshape(batch_rows, -1)[: len(items)])
     values = np.concatenate(parts).astype(np.float32)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -312,7 +396,8 @@ def _fingerprint(params: Mapping[str, Any], data: Any) -> str:
         digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
     for index in range(len(data)):
         item = data[index]
-        for part in (item.prompt, *item.responses):
+        twin = item.meta.get("mismatched")
+        for part in (item.prompt, *item.responses, *(twin.responses if twin else ())):
             digest.update(np.asarray(part, np.int32).tobytes() + b"|")
         for name in sorted(item.media):
             digest.update(np.ascontiguousarray(item.media[name]).tobytes())
@@ -323,7 +408,7 @@ def _evaluation(
     row: Recipe,
     model: Model,
     params: Mapping[str, Any],
-    objective: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
     data: Any,
     layout: str,
     processor: Processor,
@@ -331,12 +416,10 @@ def _evaluation(
     mesh: jax.sharding.Mesh,
 ) -> Callable[[Mapping[str, Any], int], dict[str, float]]:
     """The objective's figures over held-out data, summed exactly over all its batches."""
-    form = _form(data.shapes(layout), layout, processor)
-    if row.reference:
-        values = reference_logps(model, params, data, form, batch_rows, mesh)
-        data = WithColumn(data, "ref_logps", values)
-        form = _form(data.shapes(layout), layout, processor, "ref_logps")
-    loss = jax.jit(row.objective(model, **(objective or {})))
+    data, form = _prepare(
+        row, options, data, data.shapes(layout), layout, processor, batch_rows, mesh, model, params
+    )
+    loss = jax.jit(row.objective(model, **options))
 
     def evaluate(state: Mapping[str, Any], step: int) -> dict[str, float]:
         sums = None

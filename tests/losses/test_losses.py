@@ -240,11 +240,11 @@ def test_extreme_log_ratios_stay_finite(size):
         }
 
     extreme = pairs([size, 0.0], [-size, 0.0], [0.0, -size], [0.0, size])
-    both = jax.jit(lambda x: (run(x), jax.jacrev(run)(x)))
-    found, gradients = both(extreme)
+    # One backward pass: a single gradient that is not finite makes the sum so.
+    both = jax.jit(lambda x: (run(x), jax.grad(lambda y: sum(run(y).values()))(x)))
+    found, gradient = both(extreme)
     assert all(np.isfinite(value) for value in found.values())
-    for name, gradient in gradients.items():
-        assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient)), name
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
 
 
 @jax.jit
