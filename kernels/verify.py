@@ -12,6 +12,7 @@ to), that the wanted kernels are in the program, and that its temporary memory k
 
 import argparse
 import dataclasses
+import functools
 import os
 import sys
 import time
@@ -46,11 +47,11 @@ class Case:
 
 LOGPROB_SHAPES = {
     # tokens, width, vocabulary, budgets of forward and gradient in MiB
-    "Vicuna 7B": (4096, 4096, 32000, 128, 600),
-    "Llama 3 8B": (8192, 4096, 128256, 128, 600),
-    "Qwen2-VL 7B": (8192, 3584, 152064, 128, 600),
-    "Chameleon 7B": (4096, 4096, 65536, 128, 600),
-    "uneven": (1000, 1000, 32001, 128, 600),
+    "Vicuna 7B": (4096, 4096, 32000, 128.0, 600.0),
+    "Llama 3 8B": (8192, 4096, 128256, 128.0, 600.0),
+    "Qwen2-VL 7B": (8192, 3584, 152064, 128.0, 600.0),
+    "Chameleon 7B": (4096, 4096, 65536, 128.0, 600.0),
+    "uneven": (1000, 1000, 32001, 128.0, 600.0),
 }
 
 ATTENTION_SHAPES = {
@@ -72,7 +73,9 @@ def cases(implementation: str) -> Iterator[Case]:
     from aa_jax.kernels.linear_logprob import xla as logprob_xla
     from aa_jax.kernels.linear_logprob.spec import Spec
 
-    attention, logprob = attention_xla.attention, logprob_xla.linear_logprob
+    attention = attention_xla.attention
+    # Block sizes of an accelerator, not of the CPU this runs on.
+    logprob = functools.partial(logprob_xla.linear_logprob, platform="gpu")
     mosaic = implementation == "pallas_tpu"
     if mosaic:
         from aa_jax.kernels.attention import pallas_tpu as attention_tpu
@@ -90,7 +93,7 @@ def cases(implementation: str) -> Iterator[Case]:
         )  # fmt: skip
         what = f"linear_logprob {{}}, {name} (N={n}, D={d}, V={v})"
         # A vocabulary without an even divisor is filled up, which copies the head.
-        extra = 0 if v % 2 == 0 else 2.5 * 2 * v * d / MIB
+        extra = 0.0 if v % 2 == 0 else 2.5 * 2 * v * d / MIB
         yield Case(what.format("forward"), logps, arguments, forward + extra, int(mosaic))
         both = jax.grad(logps, (0, 1))
         yield Case(what.format("gradient"), both, arguments, gradient + extra, 2 * mosaic)

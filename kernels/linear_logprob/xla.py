@@ -41,13 +41,17 @@ def linear_logprob(
     mask: Bool[Array, "N"] | None,
     bias: Float[Array, "V"] | None,
     spec: Spec,
+    platform: str | None = None,
 ) -> LogProbs:
-    """See `aa_jax.kernels.linear_logprob.api.linear_logprob`."""
+    """See `aa_jax.kernels.linear_logprob.api.linear_logprob`.
+
+    ``platform`` decides the size of blocks; None asks JAX for its default backend.
+    """
     tokens, vocab = targets.shape[0], head.shape[0]
     known = (targets >= 0) & (targets < vocab)
     counts = jnp.ones_like(known) if mask is None else mask
     where = jnp.where(known & counts, targets, 0)
-    platform = jax.default_backend()
+    platform = platform or jax.default_backend()
     kept = 4 * tokens * vocab <= KEPT_BYTES.get(platform, DEFAULT_KEPT_BYTES)
     if jax.device_count() > 1 or (spec.chunk or tokens) >= tokens and kept:
         chunk = min(spec.chunk or default_chunk(tokens, vocab), tokens)
