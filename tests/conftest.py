@@ -18,5 +18,13 @@ from jaxtyping import install_import_hook
 install_import_hook("aa_jax", "beartype.beartype")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_module():
+    """Compiled programs are seldom shared between modules, and would fill several GiB."""
+    yield
+    jax.clear_caches()
