@@ -87,6 +87,8 @@ GRID = list(
 @pytest.mark.parametrize(("generation", "kv_heads", "tied", "rows"), GRID)
 def test_logits_and_gradients_grid(generation, kv_heads, tied, rows, world, vl, tmp_path):
     changes = dict(text=dict(num_key_value_heads=kv_heads, tie_word_embeddings=tied))
+    if generation == "qwen2_vl":  # its videos have one position per temporal patch
+        rows = [[piece if isinstance(piece, int) else piece[:4] for piece in row] for row in rows]
     check(world, vl, generation, changes, rows, tmp_path)
 
 
