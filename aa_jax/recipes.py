@@ -26,7 +26,7 @@ from aa_jax.data.tokens import Limits, Sizes
 from aa_jax.errors import CheckpointError, ConfigError
 from aa_jax.losses.unpaired import needs_kl
 from aa_jax.models import Model, heads
-from aa_jax.sharding import put_batch, shardings
+from aa_jax.sharding import batch_devices, pad_rows, put_batch, shardings
 from aa_jax.training.loop import fit
 from aa_jax.training.optim import make_optimizer
 from aa_jax.training.state import init_state
@@ -245,7 +245,17 @@ def _packed_shapes(sizes: Sequence[Sizes], single: Shapes, length: int) -> Shape
         length=max(length, single.length),
         response_length=max(single.response_length, int(np.ceil(share * slots))),
         images=max(single.images, int(np.ceil(share * np.mean([s.images for s in sizes])))),
+        patches=max(single.patches, int(np.ceil(share * np.mean([s.patches for s in sizes])))),
+        media={
+            name: (max(most, int(np.ceil(share * _mean_items(sizes, name)))), *shape)
+            for name, (most, *shape) in single.media.items()
+        },
     )
+
+
+def _mean_items(sizes: Sequence[Sizes], name: str) -> float:
+    """Entries of a media array per example."""
+    return float(np.mean([size.media.get(name, (0,))[0] for size in sizes]))
 
 
 def _prepare(
@@ -360,8 +370,9 @@ def reference_logps(
     parts = []
     for start in range(0, len(data), batch_rows):
         items = [data[i] for i in range(start, min(start + batch_rows, len(data)))]
-        batch = put_batch(form(items, batch_rows=batch_rows), mesh)
-        parts.append(np.asarray(compute(params, batch)).reshape(batch_rows, -1)[: len(items)])
+        batch = _placed(form(items, batch_rows=batch_rows), mesh)
+        columns = len(items[0].responses) + ("mismatched" in batch)
+        parts.append(np.asarray(compute(params, batch)).reshape(-1, columns)[: len(items)])
     values = np.concatenate(parts).astype(np.float32)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -369,6 +380,11 @@ def reference_logps(
         np.savez(partial, key=key, values=values)
         partial.replace(path)
     return values
+
+
+def _placed(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """The batch on the mesh, whatever its rows: empty ones fill up to the devices."""
+    return put_batch(pad_rows(batch, batch_devices(mesh)), mesh)
 
 
 def _fingerprint(params: Mapping[str, Any], data: Any) -> str:
@@ -408,7 +424,7 @@ def _evaluation(
         sums = None
         for start in range(0, len(data), batch_rows):
             items = [data[i] for i in range(start, min(start + batch_rows, len(data)))]
-            _, metrics = loss(state["params"], put_batch(form(items, batch_rows=batch_rows), mesh))
+            _, metrics = loss(state["params"], _placed(form(items, batch_rows=batch_rows), mesh))
             metrics = jax.device_get({k: _first(v) for k, v in metrics.items()})
             sums = metrics if sums is None else jax.tree.map(np.add, sums, metrics)
         return {name: float(ratio.mean) for name, ratio in sums.items()}

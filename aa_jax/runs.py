@@ -24,6 +24,7 @@ def load_dataset(
     split: str = "train",
     subset: str | None = None,
     size: int | None = None,
+    keep: int | None = None,
     limits: Mapping[str, Any] | None = None,
     strict: bool = False,
     check_media: bool = False,
@@ -40,6 +41,7 @@ def load_dataset(
       split: e.g. "train".
       subset: of a hub dataset, e.g. "text-image-to-text".
       size: use only the first rows.
+      keep: stop at this many examples.
       limits: keyword arguments of `Limits`, e.g. max_length.
       strict: refuse the dataset at the first invalid row instead of dropping and counting it.
       check_media: decode every image before training starts.
@@ -48,7 +50,7 @@ def load_dataset(
     return Dataset(
         open_source(path, split=split, subset=subset), template, task, columns=columns,
         processor=processor, limits=Limits(**(limits or {})), strict=strict,
-        check_media=check_media, wording=wording, size=size,
+        check_media=check_media, wording=wording, size=size, keep=keep,
     )  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """The clock of the benchmarks: sides in turn, ratios round by round, and where it was measured."""
 
 import contextlib
-import ctypes
 import datetime
 import functools
 import importlib.metadata
@@ -84,21 +83,6 @@ def show(title: str, measured: dict) -> None:
               f"{measured['first_call_seconds'][side]:>10.2f} s")  # fmt: skip
     for name, ratio in measured["ratio"].items():
         print(f"  {name}: {ratio['median']:.2f}x  ({ratio['min']:.2f} - {ratio['max']:.2f})")
-
-
-def keep_memory() -> bool:
-    """Lets the C library keep freed memory instead of handing it back to the system, for every
-    library in the process; False where it cannot be told.
-
-    glibc maps large arrays afresh each time, and the page faults can take longer than the
-    arithmetic: torch on a CPU is usually run with this or with another allocator.
-    """
-    settings = {-1: -1, -4: 0}  # malloc.h: M_TRIM_THRESHOLD never, M_MMAP_MAX none
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return False
-    return all(mallopt(name, value) == 1 for name, value in settings.items())
 
 
 @functools.cache

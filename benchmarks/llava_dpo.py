@@ -25,7 +25,7 @@ import llava_torch as other
 import numpy as np
 import torch
 import transformers
-from clock import cores, environment, keep_memory, measure, show, timed
+from clock import cores, environment, measure, show, timed
 
 from aa_jax import models, objectives, platforms
 from aa_jax.data import digits
@@ -332,16 +332,14 @@ def main(arguments: list[str] | None = None) -> None:
     if "digits" in names and changes.keys() & {"vocab", "prompt", "response"}:
         parser.error("the digits world has its own vocabulary and texts: use --size small")
 
-    platforms.start()
+    platforms.start(keep_memory=options.allocator == "keep")
     jax.config.update("jax_platforms", "cpu")
     torch.set_num_threads(cores())
     torch.manual_seed(options.seed)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    kept = options.allocator == "keep" and keep_memory()
-    freed = "kept in the process" if kept else "as the system has it"
-    facts = environment() | {"freed memory": freed}
+    facts = environment() | {"freed memory": options.allocator}
     print("\n".join(f"{key}: {value}" for key, value in facts.items()))
     results = {}
     for name in names:

@@ -2,13 +2,13 @@
 
 Every operator's ``api.py`` holds a dict literal ``name -> Implementation`` and calls `choose`.
 There is no silent fallback: ``impl="auto"`` follows the table and logs what it took, a forced
-implementation that is unknown or cannot run on this platform raises.
+implementation that is unknown or cannot run here (platform, dtype, shape, devices) raises.
 """
 
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -25,11 +25,13 @@ class Implementation(NamedTuple):
       platforms: JAX platform names it can run on; None means every platform.
       preferred: platforms on which ``impl="auto"`` takes it (first match in table order wins).
         None means every platform, so the last entry of a table is its portable default.
+      refuses: ``(**facts) -> str | None``: why it cannot take these arrays, e.g. their dtype.
     """
 
     fn: Callable
     platforms: tuple[str, ...] | None = None
     preferred: tuple[str, ...] | None = ()
+    refuses: Callable[..., str | None] = lambda **facts: None
 
 
 def choose(
@@ -37,6 +39,7 @@ def choose(
     table: Mapping[str, Implementation],
     impl: str = "auto",
     platform: str | None = None,
+    **facts: Any,
 ) -> Callable:
     """The function to call for ``impl`` on ``platform``.
 
@@ -45,18 +48,25 @@ def choose(
       table: the operator's implementations.
       impl: ``"auto"`` or a key of ``table``.
       platform: a JAX platform name; None asks JAX for its default backend.
+      **facts: what the implementations' `Implementation.refuses` want to know of this call.
 
     Raises:
-      ConfigError: ``impl`` is not in the table, or cannot run on this platform.
+      ConfigError: ``impl`` is not in the table, or cannot run on this platform or these arrays.
     """
     platform = platform or jax.default_backend()
     usable = [n for n, i in table.items() if i.platforms is None or platform in i.platforms]
     if impl == "auto":
-        name = next(
-            n for n in usable if table[n].preferred is None or platform in table[n].preferred
+        reasons = []
+        for name in usable:
+            if table[name].preferred is None or platform in table[name].preferred:
+                reason = table[name].refuses(**facts)
+                if reason is None:
+                    _log_once(operator, name, platform, "; ".join(reasons))
+                    return table[name].fn
+                reasons.append(f"{name!r} does not run: {reason}")
+        raise ConfigError(
+            f"{operator}: no implementation runs on {platform!r}: {'; '.join(reasons)}."
         )
-        _log_once(operator, name, platform)
-        return table[name].fn
     if impl not in table:
         raise ConfigError(
             f"{operator}: there is no implementation {impl!r}; choose 'auto' or one of "
@@ -67,9 +77,28 @@ def choose(
             f"{operator}: implementation {impl!r} runs on {list(table[impl].platforms)} and this "
             f"process is on {platform!r}; choose 'auto' or one of {sorted(usable)}."
         )
+    if reason := table[impl].refuses(**facts):
+        raise ConfigError(
+            f"{operator}: implementation {impl!r} cannot run here: {reason}; choose 'auto' or "
+            f"another one of {sorted(usable)}."
+        )
     return table[impl].fn
 
 
+def undivided() -> bool:
+    """Whether a custom kernel is right here: XLA cannot divide one over devices by itself.
+
+    True on one device, on a mesh of one device, and where every larger mesh axis is manual
+    (inside ``jax.shard_map``).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() == 1
+    axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return all(size == 1 or kind == jax.sharding.AxisType.Manual for size, kind in axes)
+
+
 @functools.cache
-def _log_once(operator: str, name: str, platform: str) -> None:
-    _log.info("%s runs its %r implementation on %s", operator, name, platform)
+def _log_once(operator: str, name: str, platform: str, reasons: str) -> None:
+    because = f" ({reasons})" if reasons else ""
+    _log.info("%s runs its %r implementation on %s%s", operator, name, platform, because)

@@ -9,16 +9,24 @@ import numpy as np
 import optax
 import pytest
 
-from aa_jax import config, models, recipes, runs
+from aa_jax import config, image_recipe, llf, models, recipes, rl, runs
+from aa_jax.errors import ConfigError
 from aa_jax.llf import digits_run
+from aa_jax.llf.lab import Lab
 from aa_jax.llf.start import llava_config
 from aa_jax.models import heads
+from aa_jax.models.chameleon.tokenizer import build_tokenizer
+from aa_jax.rl.algorithms import find_algorithm
+from aa_jax.rl.estimators import find_estimator
+from aa_jax.rl.objectives import actor_critic, policy
+from aa_jax.rl.rollouts import Plan
+from aa_jax.rl.train import train
 from aa_jax.training.optim import make_optimizer
 from aa_jax.training.state import frozen_paths, merge, split
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
-TRAINING = [path for path in CONFIGS if "llf" not in path.stem]
+TRAINING = [path for path in CONFIGS if '"recipe"' in path.read_text()]
 
 LLAVA_7B = {
     "architectures": ["LlavaForConditionalGeneration"],
@@ -41,11 +49,20 @@ LLAVA_7B = {
 }  # fmt: skip
 
 
+# What a user must give, by what is in the name of a config; the first match counts.
+PATHS = {
+    "digits": (),
+    "ppo": ("model.path", "prompts.path", "reward.path"),
+    "grpo": ("model.path", "prompts.path", "reward.path"),
+    "": ("model.path", "data.path"),
+}
+
+
 def load(path):
-    # The two paths a user must give; nothing is opened here.
+    # Nothing is opened here.
     return config.load(
         path,
-        [] if "digits" in path.stem else ["--config.model.path=/ckpt", "--config.data.path=/data"],
+        [f"--config.{key}=/somewhere" for key in PATHS[next(k for k in PATHS if k in path.stem)]],
     )
 
 
@@ -96,9 +113,9 @@ def test_one_train_step_of_llava_7b_has_a_shape(path):
     def step(params, batch):
         trainable, held = split(params, frozen_paths(params, frozen))
         state = tx.init(trainable)
-        grads, metrics = jax.grad(
-            lambda p: objective(merge(p, held), batch), has_aux=True
-        )(trainable)
+        grads, metrics = jax.grad(lambda p: objective(merge(p, held), batch), has_aux=True)(
+            trainable
+        )
         updates, state = tx.update(grads, state, trainable)
         return merge(optax.apply_updates(trainable, updates), held), metrics
 
@@ -110,10 +127,66 @@ def test_one_train_step_of_llava_7b_has_a_shape(path):
     assert 7.0e9 < count < 7.1e9
 
 
-def test_the_llf_config_binds_to_the_pipeline():
-    cfg = load(ROOT / "configs/ti2t/digits_llf.py")
-    config.bind(digits_run.run, cfg, path="config", workdir="run")
+def test_the_tokenizer_config_binds_and_one_step_has_a_shape():
+    cfg = load(ROOT / "configs/t2i/digits_vq.py")
+    config.bind(image_recipe.train_tokenizer, cfg, path="config", workdir="run")
     values = config.resolve(cfg)
-    for name in ("sft", "feedback"):
-        assert set(values[name]) <= set(inspect.signature(recipes.train).parameters)
-    assert set(values["model"]) <= set(inspect.signature(llava_config).parameters)
+    sizes = image_recipe.digits_config(values["max_digits"], **values["sizes"])
+    tokenizer = build_tokenizer(sizes)
+    objective = image_recipe.reconstruct(tokenizer, beta=values["beta"])
+    rows, edge = values["batch_rows"], 8 * values["max_digits"]
+    shape = jax.ShapeDtypeStruct
+    strips = {
+        "pixels": shape((rows, 3, edge, edge), jnp.float32),
+        "row_mask": shape((rows,), jnp.float32),
+    }
+    grads, metrics = jax.eval_shape(jax.grad(objective, has_aux=True), tokenizer.abstract(), strips)
+    assert jax.tree.map(lambda x: x.shape, grads) == jax.tree.map(
+        lambda x: x.shape, tokenizer.abstract()
+    )
+    assert metrics["mse"].total.shape == ()
+
+
+@pytest.mark.parametrize("name", ["digits_llf", "llava_llf"])
+def test_the_llf_configs_bind_to_their_pipelines(name):
+    run, cfg = llf.select(load(ROOT / f"configs/ti2t/{name}.py"))
+    config.bind(run, cfg, path="config", workdir="run")
+    values = config.resolve(cfg)
+    trains = set(inspect.signature(recipes.train).parameters)
+    for section in {"sft", "feedback"} & set(values):
+        assert set(values[section]) <= trains
+    assert set(values["dpo"]) - {"lrs"} <= trains
+    assert set(values["sampling"]) <= set(inspect.signature(Lab).parameters)
+    if name == "digits_llf":
+        assert set(values["model"]) <= set(inspect.signature(llava_config).parameters)
+    else:
+        accepted = set(inspect.signature(runs.load_dataset).parameters)
+        assert set(values["data"]) | set(values["prompts"]) <= accepted
+        build = set(inspect.signature(models.build).parameters)
+        assert set(values["model"]) - {"path"} <= build & set(inspect.signature(Lab).parameters)
+
+
+def test_an_unknown_pipeline_lists_those_there_are():
+    cfg = load(ROOT / "configs/ti2t/digits_llf.py")
+    cfg.pipeline = "digit"
+    with pytest.raises(ConfigError, match="'digit'.*digits, dataset"):
+        llf.select(cfg)
+
+
+@pytest.mark.parametrize("name", ["digits_rl", "llava_ppo", "llava_grpo"])
+def test_the_rl_configs_bind(name):
+    run, cfg = rl.select(load(ROOT / f"configs/ti2t/{name}.py"))
+    config.bind(run, cfg, path="config", workdir="run")
+    values = config.resolve(cfg)
+    runs_of = values.get("algorithms") or {values["algorithm"]: values}
+    for algorithm, own in runs_of.items():
+        kind = find_algorithm(own.get("algorithm", algorithm))
+        Plan(**{**values["rollout"], **own.get("rollout", {})})
+        find_estimator(kind.estimator)
+        accepted = set(inspect.signature(train).parameters)
+        assert set(own) - accepted <= {"pipeline", "algorithm", "model", "mesh", "checkpoint_every"}
+        options = {"loss": kind.loss, **own.get("objective", {})}
+        model = models.build(LLAVA_7B)
+        actor_critic(model, model, **options) if kind.critic else policy(model, **options)
+    if name == "digits_rl":
+        config.bind(digits_run.run, cfg.start, path="config.start", workdir="run")

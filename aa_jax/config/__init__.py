@@ -11,7 +11,7 @@ key is an error. After the launcher nothing sees a ``ConfigDict``.
 from aa_jax.config.binding import bind
 from aa_jax.config.files import load, missing, require
 from aa_jax.config.launcher import define_flags, run_main
-from aa_jax.config.runs import check_same_run, flatten, resolve, write_resolved
+from aa_jax.config.runs import check_same_run, flatten, resolve, without, write_resolved
 
 __all__ = [
     "bind",
@@ -23,5 +23,6 @@ __all__ = [
     "require",
     "resolve",
     "run_main",
+    "without",
     "write_resolved",
 ]

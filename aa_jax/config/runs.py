@@ -149,3 +149,12 @@ def _write(file: Path, text: str) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
+
+
+def without(config: ConfigDict, *keys: str) -> ConfigDict:
+    """A copy of a config without some of its keys."""
+    rest = config.copy_and_resolve_references()
+    with rest.unlocked():
+        for key in keys:
+            del rest[key]
+    return rest

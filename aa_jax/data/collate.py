@@ -8,7 +8,7 @@ see the prompt and themselves, not each other.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from aa_jax.data.tokens import Encoded, Sizes
 from aa_jax.errors import DataError
 
 Batch = dict[str, Any]
-LAYOUTS = ("supervised", "preference", "preference_rows", "prompt")
+LAYOUTS = ("supervised", "preference", "preference_rows", "group", "prompt")
+WHOLE_NUMBERS = ("feature_lengths",)  # media arrays that are counts, not signals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,19 +30,28 @@ class Shapes:
       response_length: R, response slots per sequence (earlier trained turns included).
       images: I, images per row; 0 makes a text-only batch.
       image_size: (height, width) of the pixels, needed for rows without an image.
+      patches: P, patches per row where images are of any size; then positions have three axes.
+      patch_numbers: K, numbers in a patch.
+      media: other media arrays of a row, name -> shape; items of a row stand one after the other
+        on the first axis, smaller ones are padded with zeros on the others.
+      sequences: S, responses per row of the layout ``group``.
     """
 
     length: int
     response_length: int
     images: int = 0
     image_size: tuple[int, int] | None = None
+    patches: int = 0
+    patch_numbers: int = 0
+    media: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    sequences: int = 1
 
 
 def row_length(prompt: int, responses: Sequence[int], layout: str) -> int:
     """T that a row of this layout needs."""
     if layout == "prompt":
         return prompt
-    if layout == "preference":
+    if layout in ("preference", "group"):
         return prompt + sum(responses)
     return prompt + max(responses, default=0)
 
@@ -58,16 +68,21 @@ def plan_shapes(items: Iterable[Encoded | Sizes], layout: str, *, multiple_of: i
       DataError: no examples, images of different sizes, or an unknown layout.
     """
     _check_layout(layout)
-    length = response = images = 0
+    length = response = images = patches = numbers = sequences = 0
     pixels: set[tuple[int, int]] = set()
+    media: dict[str, tuple[int, ...]] = {}
     for item in items:
         if isinstance(item, Encoded):
             item = item.sizes
         length = max(length, row_length(item.prompt, item.responses, layout))
         trained = item.trained if layout == "supervised" else 0
         response = max(response, max(item.responses, default=0) + trained)
-        images = max(images, item.images)
+        images, patches = max(images, item.images), max(patches, item.patches)
+        numbers = max(numbers, item.patch_numbers)
+        sequences = max(sequences, len(item.responses))
         pixels |= {item.image_size} if item.image_size else set()
+        for name, shape in item.media.items():
+            media[name] = tuple(map(max, media.get(name, shape), shape))
     if not length:
         raise DataError("There are no examples to plan the batch shapes for.")
     if len(pixels) > 1:
@@ -77,7 +92,9 @@ def plan_shapes(items: Iterable[Encoded | Sizes], layout: str, *, multiple_of: i
             "preprocessor_config.json."
         )
     length = -(-length // multiple_of) * multiple_of
-    return Shapes(length, response, images, next(iter(pixels), None))
+    size = next(iter(pixels), None)
+    group = sequences if layout == "group" else 1
+    return Shapes(length, response, images, size, patches, numbers, media, group)
 
 
 def _check_layout(layout: str) -> None:
@@ -101,7 +118,8 @@ def collate(
         it (packing). ``preference_rows`` makes two rows of each example.
       shapes: static sizes.
       layout: ``supervised`` (one response), ``preference`` (chosen and rejected behind one prompt),
-        ``preference_rows`` (chosen and rejected as consecutive rows), ``prompt`` (for sampling).
+        ``preference_rows`` (chosen and rejected as consecutive rows), ``group`` (up to S responses
+        behind one prompt; absent ones have ``sequence_mask`` 0), ``prompt`` (for sampling).
       batch_rows: number of examples (packed rows) the batch is padded to; the rows added have
         ``sequence_mask`` 0.
       pad_id: id of padding tokens.
@@ -122,7 +140,8 @@ def collate(
     packed = max((len(group) for group in groups), default=1)
     if packed > 1 and layout != "supervised":
         raise DataError(f"Packing several examples in a row is for 'supervised', not {layout!r}.")
-    batch = _empty(size, 2 if layout == "preference" else 1, shapes, pad_id, layout)
+    sequences = {"preference": 2, "group": shapes.sequences}.get(layout, 1)
+    batch = _empty(size, sequences, shapes, pad_id, layout)
     for b, group in enumerate(groups):
         _fill_row(batch, b, group, shapes, layout)
     for name in extras:
@@ -151,20 +170,32 @@ def _empty(rows: int, sequences: int, shapes: Shapes, pad_id: int, layout: str) 
         batch["target_positions"] = np.zeros(slots, np.int32)
         batch["targets"] = np.zeros(slots, np.int32)
         batch["loss_mask"] = np.zeros(slots, np.float32)
-    if shapes.images:
-        if shapes.image_size is None:
-            raise DataError("Shapes with images need image_size=(height, width).")
-        size = (rows, shapes.images, 3, *shapes.image_size)
+    if shapes.images or shapes.media:
         batch["feature_index"] = np.full((rows, length), -1, np.int32)
-        batch["media"] = {"pixel_values": np.zeros(size, np.float32)}
+        batch["media"] = {
+            name: np.zeros((rows, *shape), np.int32 if name in WHOLE_NUMBERS else np.float32)
+            for name, shape in shapes.media.items()
+        }
+    if shapes.images:
+        if shapes.image_size is None and not shapes.patches:
+            raise DataError("Shapes with images need image_size=(height, width), or patches.")
+        size = (rows, shapes.images, 3, *(shapes.image_size or ()))
+        if shapes.patches:
+            size = (rows, shapes.patches, shapes.patch_numbers)
+            batch["positions"] = np.zeros((rows, length, 3), np.int32)
+            batch["media"]["grid_thw"] = np.zeros((rows, shapes.images, 3), np.int32)
+        batch["media"]["pixel_values"] = np.zeros(size, np.float32)
     return batch
 
 
 def _fill_row(batch: Batch, b: int, group: Sequence[Encoded], shapes: Shapes, layout: str) -> None:
-    start = slot = images = features = 0
+    start = slot = images = features = patches = 0
+    taken: dict[str, int] = {}
     for item in group:
         responses = [] if layout == "prompt" else list(item.responses)
         expected = {"prompt": 0, "preference": 2}.get(layout, 1)
+        if layout == "group":
+            expected = min(max(len(responses), 1), shapes.sequences)
         if len(responses) != expected:
             raise DataError(
                 f"{item.where or 'An example'} has {len(responses)} responses; the layout "
@@ -178,6 +209,10 @@ def _fill_row(batch: Batch, b: int, group: Sequence[Encoded], shapes: Shapes, la
                 "Give larger shapes, or Limits that drop such examples."
             )
         _write(batch, b, start, item.prompt, 0)
+        if item.positions is not None:
+            flat = batch["positions"].ndim == 2  # a text-only batch: the three are the same
+            places = item.positions[:, 0] if flat else item.positions
+            batch["positions"][b, start : start + prompt] = places
         batch["intervals"][b, start : start + prompt] = _causal(start, prompt)
         if images + item.images > shapes.images:
             raise DataError(
@@ -185,27 +220,65 @@ def _fill_row(batch: Batch, b: int, group: Sequence[Encoded], shapes: Shapes, la
                 f"{shapes.images} fit. Raise images in the shapes."
             )
         if item.images:
-            if item.media["pixel_values"].shape[-2:] != tuple(shapes.image_size):
-                raise DataError(
-                    f"{item.where or 'An example'}: pixels {item.media['pixel_values'].shape[-2:]}"
-                    f" do not fit shapes with image_size={tuple(shapes.image_size)}."
-                )
-            seen = item.feature_index >= 0
+            _write_media(batch["media"], b, images, patches, item, shapes)
+            images, patches = images + item.images, patches + item.patches
+        for name in item.media_shapes:
+            taken[name] = _place(batch, name, b, taken.get(name, 0), item, shapes)
+        seen = item.feature_index >= 0
+        if seen.any():
             index = np.where(seen, item.feature_index + features, -1)
             batch["feature_index"][b, start : start + prompt] = index
-            pixels = batch["media"]["pixel_values"]
-            pixels[b, images : images + item.images] = item.media["pixel_values"]
-            images, features = images + item.images, features + int(seen.sum())
+            features += int(seen.sum())
         slot = _write_responses(batch, b, start, slot, item, responses, shapes)
         if layout == "prompt":
             batch["last_positions"][b, 0] = end - 1
-        batch["sequence_mask"][b] = 1.0
+        batch["sequence_mask"][b, : len(responses) if layout == "group" else None] = 1.0
         start = end
+
+
+def _write_media(
+    media: dict[str, np.ndarray], b: int, images: int, patches: int, item: Encoded, shapes: Shapes
+) -> None:
+    """Puts an example's pixels behind those of the row's earlier examples."""
+    pixels = item.media["pixel_values"]
+    if not shapes.patches:
+        if pixels.shape[-2:] != tuple(shapes.image_size):
+            raise DataError(
+                f"{item.where or 'An example'}: pixels {pixels.shape[-2:]}"
+                f" do not fit shapes with image_size={tuple(shapes.image_size)}."
+            )
+        media["pixel_values"][b, images : images + item.images] = pixels
+        return
+    if patches + item.patches > shapes.patches or pixels.shape[1] != shapes.patch_numbers:
+        raise DataError(
+            f"{item.where or 'An example'}: its images have {item.patches} patches of "
+            f"{pixels.shape[1]} numbers, the row holds {patches} already; {shapes.patches} of "
+            f"{shapes.patch_numbers} fit. Raise patches in the shapes."
+        )
+    media["pixel_values"][b, patches : patches + item.patches] = pixels
+    media["grid_thw"][b, images : images + item.images] = item.media["grid_thw"]
+
+
+def _place(batch: Batch, name: str, b: int, at: int, item: Encoded, shapes: Shapes) -> int:
+    """Writes one of an example's media arrays behind those of its row; returns the next place."""
+    array, room = item.media[name], shapes.media.get(name, ())
+    needed = (at + array.shape[0], *array.shape[1:])
+    if len(needed) != len(room) or any(n > r for n, r in zip(needed, room, strict=True)):
+        raise DataError(
+            f"{item.where or 'An example'}: its row needs {name} of {list(needed)}, {list(room)} "
+            "fit. Give shapes planned for this data (`plan_shapes`)."
+        )
+    place = (b, slice(at, needed[0]), *(slice(0, n) for n in needed[1:]))
+    batch["media"][name][place] = array
+    return needed[0]
 
 
 def _write(batch: Batch, b: int, at: int, ids: np.ndarray, position: int) -> None:
     batch["tokens"][b, at : at + len(ids)] = ids
-    batch["positions"][b, at : at + len(ids)] = position + np.arange(len(ids))
+    positions = position + np.arange(len(ids), dtype=np.int32)
+    if batch["positions"].ndim == 3:  # three axes: text has the same number on each
+        positions = positions[:, None]
+    batch["positions"][b, at : at + len(ids)] = positions
 
 
 def _causal(start: int, length: int) -> np.ndarray:
@@ -228,7 +301,8 @@ def _write_responses(
     prompt_end = start + len(item.prompt)
     at = prompt_end
     for s, ids in enumerate(responses):
-        _write(batch, b, at, ids, len(item.prompt))
+        after = len(item.prompt) if item.next_position is None else item.next_position
+        _write(batch, b, at, ids, after)
         intervals = _causal(at, len(ids))
         if len(responses) > 1:  # the prompt, then itself, not the other response
             intervals[:, 0], intervals[:, 1] = start, prompt_end

@@ -6,12 +6,13 @@ so the number of steps is known before training and a batch never loses a row.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 
 from aa_jax.data.collate import Shapes, plan_shapes
-from aa_jax.data.example import Example, InvalidRow, Report, Row
-from aa_jax.data.media import decode
+from aa_jax.data.example import Example, InvalidRow, Media, Report, Row
+from aa_jax.data.media import decode, read_bytes
 from aa_jax.data.processor import Processor
 from aa_jax.data.templates import Template, find_template, read
 from aa_jax.data.tokens import NO_LIMITS, Encoded, Limits, Sizes, encode_example
@@ -35,6 +36,7 @@ class Dataset(Sequence):
         an unreadable image raises when its turn comes.
       wording: of the feedback prompts.
       size: use only the first rows.
+      keep: stop at this many examples.
 
     Raises:
       InvalidRow: ``strict`` and a row is invalid.
@@ -54,6 +56,7 @@ class Dataset(Sequence):
         check_media: bool = False,
         wording: Mapping[str, str] | None = None,
         size: int | None = None,
+        keep: int | None = None,
     ):
         self.source, self.task, self.processor, self.limits = source, task, processor, limits
         self.template = find_template(template, columns)
@@ -62,6 +65,8 @@ class Dataset(Sequence):
         self.sizes: list[Sizes] = []
         self._index: list[tuple[int, int]] = []
         for row in range(len(source) if size is None else min(size, len(source))):
+            if keep is not None and len(self._index) >= keep:
+                break
             self.report.rows += 1
             try:
                 self._scan(row, check_media, strict)
@@ -69,6 +74,8 @@ class Dataset(Sequence):
                 if strict:
                     raise
                 self.report.drop(error)
+        if keep is not None:  # a row may give several
+            del self._index[keep:], self.sizes[keep:]
         self.report.kept = len(self._index)
         log.info("%s: %s", task, self.report)
         if not self._index:
@@ -107,11 +114,20 @@ class Dataset(Sequence):
     def __len__(self) -> int:
         return len(self._index)
 
-    def example(self, index: int) -> Example:
-        """The example with its media decoded."""
+    def example(self, index: int, *, decoded: bool = True) -> Example:
+        """The example with its media decoded, or as the bytes of their files."""
         row, k = self._index[index]
         examples, root = self._read(row)
-        return decode(examples[k], root)
+        if decoded:
+            return decode(examples[k], root)
+        return examples[k].replace(
+            media=tuple(
+                dataclasses.replace(item, data=read_bytes(item, root, examples[k].where))
+                if isinstance(item, Media) and item.array is None
+                else item
+                for item in examples[k].media
+            )
+        )
 
     def __getitem__(self, index: int) -> Example | Encoded:
         example = self.example(index)

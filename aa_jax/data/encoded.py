@@ -45,11 +45,13 @@ class EncodedExamples(Sequence):
     ):
         self.processor = processor
         self.report = Report()
+        self._examples, self._kept = examples, []
         self._encoded: list[Encoded] = []
         for index in range(len(examples)):
             self.report.rows += 1
             try:
                 self._encoded.append(encode_example(examples[index], processor, limits))
+                self._kept.append(index)
             except InvalidRow as error:
                 if strict:
                     raise
@@ -63,6 +65,10 @@ class EncodedExamples(Sequence):
 
     def __getitem__(self, index: int) -> Encoded:
         return self._encoded[index]
+
+    def example(self, index: int) -> Example:
+        """The Example that was encoded."""
+        return self._examples[self._kept[index]]
 
     @property
     def sizes(self) -> list[Sizes]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,30 @@ from PIL import Image
 
 from aa_jax.errors import CheckpointError
 
-_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5)
 _CLIP = dict(
     size={"shortest_edge": 224},
     crop_size={"height": 224, "width": 224},
     resample=3,
     do_center_crop=True,
-    image_mean=_CLIP_MEAN,
-    image_std=_CLIP_STD,
+    image_mean=CLIP_MEAN,
+    image_std=CLIP_STD,
 )
 # What each class assumes when its file does not say.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "CLIPImageProcessor": _CLIP,
     "CLIPFeatureExtractor": _CLIP,
     "LlavaImageProcessor": _CLIP,
+    "ChameleonImageProcessor": dict(
+        size={"shortest_edge": 512},
+        crop_size={"height": 512, "width": 512},
+        resample=1,
+        do_center_crop=True,
+        rescale_factor=0.0078,
+        image_mean=(1.0, 1.0, 1.0),
+        image_std=(1.0, 1.0, 1.0),
+    ),
     "SiglipImageProcessor": dict(
         size={"height": 224, "width": 224}, resample=3, image_mean=_HALF, image_std=_HALF
     ),
@@ -41,6 +50,22 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         size={"height": 224, "width": 224}, resample=2, image_mean=_HALF, image_std=_HALF
     ),
 }
+
+
+def normalisation_table(
+    rescale: bool, factor: float, normalize: bool, mean: Sequence[float], std: Sequence[float]
+) -> Float[np.ndarray, "3 256"]:
+    """What each of a channel's 256 values becomes."""
+    channels = []
+    for centre, spread in zip(mean, std, strict=True):
+        value = np.arange(256)
+        if rescale:
+            value = (value.astype(np.float64) * factor).astype(np.float32)
+        value = value.astype(np.float32)
+        if normalize:
+            value = (value - np.float32(centre)) / np.float32(spread)
+        channels.append(value)
+    return np.stack(channels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,21 +89,15 @@ class ImageProcessor:
     do_rescale: bool = True
     rescale_factor: float = 1 / 255
     do_normalize: bool = True
-    image_mean: tuple[float, ...] = _CLIP_MEAN
-    image_std: tuple[float, ...] = _CLIP_STD
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    image_std: tuple[float, ...] = CLIP_STD
     do_pad: bool = False
 
     def __post_init__(self):
-        channels = []
-        for mean, std in zip(self.image_mean, self.image_std, strict=True):
-            value = np.arange(256)
-            if self.do_rescale:
-                value = (value.astype(np.float64) * self.rescale_factor).astype(np.float32)
-            value = value.astype(np.float32)
-            if self.do_normalize:
-                value = (value - np.float32(mean)) / np.float32(std)
-            channels.append(value)
-        object.__setattr__(self, "_table", np.stack(channels))
+        table = normalisation_table(
+            self.do_rescale, self.rescale_factor, self.do_normalize, self.image_mean, self.image_std
+        )
+        object.__setattr__(self, "_table", table)
 
     @property
     def fixed_size(self) -> tuple[int, int] | None:
@@ -158,6 +177,9 @@ class ImageProcessor:
 
 
 _SHORTEST = ("CLIPImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor")
+_SHORTEST += ("ChameleonImageProcessor",)
+# Feature extractors that make something else of a checkpoint folder than pixels.
+_NOT_IMAGES = ("WhisperFeatureExtractor",)
 
 
 def _size(size: Any, square: bool) -> dict[str, int]:
@@ -185,17 +207,38 @@ def _center_crop(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return canvas[top : top + height, left : left + width]
 
 
-def load_image_processor(folder: Path) -> ImageProcessor | None:
+def load_image_processor(folder: Path) -> Any:
     """The image processor of a checkpoint folder; None when it has none (a text model)."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         path = folder / name
         if not path.is_file():
             continue
         config = read_json(path)
-        config = config.get("image_processor", config)
-        if "image_processor_type" in config or "feature_extractor_type" in config:
-            return ImageProcessor.from_dict(config, str(path))
+        both, config = config, config.get("image_processor", config)
+        kind = config.get("image_processor_type") or config.get("feature_extractor_type")
+        if kind is None or kind in _NOT_IMAGES:
+            continue
+        if str(kind).startswith("Qwen2VLImageProcessor"):
+            return _patch_processor(folder, config, both, str(path))
+        return ImageProcessor.from_dict(config, str(path))
     return None
+
+
+def _patch_processor(
+    folder: Path, config: Mapping[str, Any], both: Mapping[str, Any], where: str
+) -> Any:
+    """Qwen2-VL's, with the settings for videos, which stand in one of three places."""
+    from aa_jax.data.patches import PatchProcessor  # it builds on this file
+
+    video = both.get("video_processor")
+    if (path := folder / "video_preprocessor_config.json").is_file():
+        video = read_json(path)
+    made = PatchProcessor.from_dict(config, video, where)
+    if (path := folder / "config.json").is_file():
+        tower = read_json(path).get("vision_config") or {}
+        if "tokens_per_second" in tower:
+            return dataclasses.replace(made, tokens_per_second=float(tower["tokens_per_second"]))
+    return made
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -163,7 +163,8 @@ def pack(sizes: Sequence[Sizes], shapes: Shapes, *, seed: int = 0) -> list[tuple
 
     Args:
       sizes: of each supervised example.
-      shapes: what a row holds; ``response_length`` and ``images`` count for the row as a whole.
+      shapes: what a row holds; ``response_length``, ``images``, ``patches`` and the first axis of
+        other media count for the row as a whole.
       seed: of the order in which rows are filled.
 
     Raises:
@@ -177,12 +178,17 @@ def pack(sizes: Sequence[Sizes], shapes: Shapes, *, seed: int = 0) -> list[tuple
     for i in np.random.default_rng(seed).permutation(len(sizes)):
         size = sizes[i]
         responses = sum(size.responses)
-        need = (size.prompt + responses, responses + size.trained, size.images)
-        limits = (shapes.length, shapes.response_length, shapes.images)
+        others = [size.media.get(name, (0,))[0] for name in shapes.media]
+        need = (size.prompt + responses, responses + size.trained, size.images, size.patches)
+        need += tuple(others)
+        limits = (shapes.length, shapes.response_length, shapes.images, shapes.patches)
+        limits += tuple(shape[0] for shape in shapes.media.values())
         if any(n > limit for n, limit in zip(need, limits, strict=True)):
+            what = ("tokens", "response slots", "images", "patches", *shapes.media)
+            needs = ", ".join(f"{n} {name}" for n, name in zip(need, what, strict=True))
             raise DataError(
-                f"Example {i} needs {need[0]} tokens, {need[1]} response slots and {need[2]} "
-                f"images; a row holds {limits}. Raise the shapes or lower the limits."
+                f"Example {i} needs {needs}; a row holds {limits}. Raise the shapes or lower the "
+                "limits."
             )
         for row in open_rows:
             if all(n <= r for n, r in zip(need, room[row], strict=True)):

@@ -1,11 +1,10 @@
-"""Tokenizer, chat template and image processor of a Hugging Face checkpoint folder.
+"""Tokenizer, chat template, image and audio processor of a Hugging Face checkpoint folder.
 
 ``tokenizer.json`` is used as it stands, as the model was trained with it. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import re
@@ -17,22 +16,27 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from aa_jax.data.audio_chat import AUDIO_TOKEN, QWEN2_AUDIO_TEMPLATE
+from aa_jax.data.audio_features import AudioProcessor, load_audio_processor
 from aa_jax.data.chat import CLOSE, OPEN, ChatTemplate
 from aa_jax.data.example import InvalidRow, Message, message
+from aa_jax.data.folder import (
+    audio_settings,
+    chat_source,
+    patch_settings,
+    vision_settings,
+    write_json,
+)
+from aa_jax.data.image_tokens import Encoder, ImageTokens, image_token_settings
 from aa_jax.data.images import ImageProcessor, load_image_processor, read_json
-from aa_jax.errors import CheckpointError
+from aa_jax.data.media import image_size
+from aa_jax.data.mrope import Grid
+from aa_jax.data.patches import PatchProcessor, sample_frames
+from aa_jax.data.prepared import Prepared, Tokens
+from aa_jax.data.video import read_frames, video_info
+from aa_jax.errors import CheckpointError, DataError
 
 _GUARD_OPEN, _GUARD_CLOSE = "\ufdd2", "\ufdd3"
-_UNCOUNTED_CLS = ("clip_vision_model", "clip")
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """Token ids and the characters [start, end) each stands for."""
-
-    ids: list[int]
-    starts: list[int]
-    ends: list[int]
 
 
 class Processor:
@@ -41,14 +45,21 @@ class Processor:
     Args:
       tokenizer: a Hugging Face fast tokenizer (``transformers.PreTrainedTokenizerFast``).
       chat_template: Jinja source; None falls back to ``USER: ...`` lines.
-      image_processor: how pixels are made; None for a text model.
+      image_processor: how pixels are made; None for a text model. A `PatchProcessor` reads
+        images and videos of any size (Qwen2-VL).
       image_token: the special token that stands for an image.
+      video_token: the one that stands for a video, with a `PatchProcessor`.
+      media_borders: tokens around a placeholder where the folder has no chat template.
       patch_size: edge of a vision patch, pixels.
       vision_feature_select_strategy: ``default`` drops the tower's first token, ``full`` keeps it.
       num_additional_image_tokens: tokens the tower adds to its patches (CLS: 1).
+      audio_processor: how log-mel features are made; None for a model that does not hear.
+      audio_token: the special token that stands for a clip.
+      image_tokens: how images are written as tokens of the text (Chameleon).
 
     Raises:
-      CheckpointError: an image processor without image token or patch size.
+      CheckpointError: an image processor without image token or patch size, or an audio processor
+        without audio token.
     """
 
     def __init__(
@@ -56,11 +67,16 @@ class Processor:
         tokenizer: Any,
         *,
         chat_template: str | None = None,
-        image_processor: ImageProcessor | None = None,
+        image_processor: ImageProcessor | PatchProcessor | None = None,
         image_token: str = "<image>",
+        video_token: str | None = None,
+        media_borders: tuple[str, str] = ("", ""),
         patch_size: int | None = None,
         vision_feature_select_strategy: str = "default",
         num_additional_image_tokens: int = 1,
+        audio_processor: AudioProcessor | None = None,
+        audio_token: str = AUDIO_TOKEN,
+        image_tokens: ImageTokens | None = None,
     ):
         self.tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
@@ -74,47 +90,78 @@ class Processor:
         self.num_additional_image_tokens = num_additional_image_tokens
         added = tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special}
-        special |= {t for t in (tokenizer.bos_token, tokenizer.eos_token, self.image_token) if t}
+        self.packs_patches = isinstance(image_processor, PatchProcessor)
+        self.video_token = video_token if self.packs_patches else None
+        self.audio_processor, self.image_tokens = audio_processor, image_tokens
+        self.audio_token = audio_token if audio_processor else None
+        kinds = ("image", "video", "audio")
+        # What stands for a medium of each kind the checkpoint reads.
+        self.media_tokens = {k: t for k in kinds if (t := getattr(self, f"{k}_token"))}
+        named = (tokenizer.bos_token, tokenizer.eos_token, *self.media_tokens.values())
+        special |= {token for token in named if token}
         # A turn may end with a token that is added but not marked special.
         self._added = re.compile(
             r"(\s*)(" + "|".join(re.escape(t.content) for t in added if t.content.strip()) + ")"
             if added
             else r"(?!)()"
         )
-        self.image_token_id: int | None = None
-        placeholders = {}
-        if image_processor is not None:
-            if patch_size is None:
-                raise CheckpointError(
-                    "The checkpoint makes pixels but gives no patch_size: it belongs into "
-                    "processor_config.json, or vision_config of config.json."
-                )
-            self.image_token_id = self._backend.token_to_id(image_token)
-            if self.image_token_id is None:
-                raise CheckpointError(
-                    f"The tokenizer has no token {image_token!r} to stand for an image; add it "
-                    "as a special token, or name the right one as image_token in "
-                    "processor_config.json."
-                )
-            placeholders["image"] = image_token
+        self.placeholder_ids = {
+            kind: self._placeholder_id(kind, token) for kind, token in self.media_tokens.items()
+        }
+        sized = patch_size or image_tokens or self.packs_patches
+        if image_processor is not None and not sized:
+            raise CheckpointError(
+                "The checkpoint makes pixels but gives no patch_size: it belongs into "
+                "processor_config.json, or vision_config of config.json."
+            )
+        self._borders = media_borders
+        placeholders = {
+            kind: media_borders[0] + token + media_borders[1]
+            for kind, token in self.media_tokens.items()
+        }
         self.chat = ChatTemplate(tokenizer, chat_template, placeholders, sorted(special))
         end = self.split_end(self._tail())[2]
         if end and end not in special:
             self.chat = ChatTemplate(tokenizer, chat_template, placeholders, [*special, end])
 
+    def _placeholder_id(self, kind: str, token: str) -> int:
+        found = self._backend.token_to_id(token)
+        if found is None:
+            raise CheckpointError(
+                f"The tokenizer has no token {token!r} to stand for an {kind}; add it as a special "
+                f"token, or name the right one as {kind}_token in processor_config.json."
+            )
+        return found
+
+    @property
+    def image_token_id(self) -> int | None:
+        """The token that stands for a feature of an image; None for a text model."""
+        return self.placeholder_ids.get("image")
+
+    @property
+    def audio_token_id(self) -> int | None:
+        """The token that stands for a feature of a clip; None for a model that does not hear."""
+        return self.placeholder_ids.get("audio")
+
     # From and to a folder -------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, media: bool = True, chat_template: str | None = None
+        cls,
+        folder: str | Path,
+        *,
+        media: bool = True,
+        chat_template: str | None = None,
+        image_encoder: Encoder | None = None,
     ) -> Processor:
         """Loads a checkpoint folder.
 
         Args:
-          folder: with ``tokenizer.json``; for image models also ``preprocessor_config.json`` or a
-            ``processor_config.json`` that holds the image processor.
+          folder: with ``tokenizer.json``; for image and audio models also
+            ``preprocessor_config.json``, or a ``processor_config.json`` that holds the processor.
           media: False reads a multimodal folder as a text model.
           chat_template: replaces the folder's own.
+          image_encoder: makes the images of a Chameleon folder tokens, see `ImageTokens`.
 
         Raises:
           CheckpointError: a file is missing, damaged or of an unsupported kind.
@@ -135,11 +182,19 @@ class Processor:
             raise CheckpointError(f"{folder}/tokenizer.json cannot be loaded: {error}.") from error
         settings: dict[str, Any] = {}
         if media and (image_processor := load_image_processor(folder)) is not None:
-            settings = _vision_settings(folder)
+            packed = isinstance(image_processor, PatchProcessor)
+            settings = (patch_settings if packed else vision_settings)(folder)
+            if getattr(image_processor, "name", "") == "ChameleonImageProcessor":
+                backend = tokenizer.backend_tokenizer
+                settings = image_token_settings(folder, backend, image_encoder)
             settings["image_processor"] = image_processor
-        source = chat_template or _chat_source(folder, tokenizer)
+        source = chat_template or chat_source(folder, tokenizer)
+        if media and (audio_processor := load_audio_processor(folder)) is not None:
+            settings |= audio_settings(folder) | {"audio_processor": audio_processor}
+            # The tokenizer's own template is for text alone; transformers does not use it either.
+            source = chat_template or chat_source(folder, None) or QWEN2_AUDIO_TEMPLATE
         processor = cls(tokenizer, chat_template=source, **settings)
-        processor._check_image_token(folder)
+        processor._check_media_tokens(folder)
         return processor
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -148,7 +203,14 @@ class Processor:
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.chat_template = self.chat.source
         self.tokenizer.save_pretrained(str(folder))
+        if self.audio_processor is not None:
+            named = {"processor_class": "Qwen2AudioProcessor", "audio_token": self.audio_token}
+            made = self.audio_processor.to_dict()
+            write_json(folder, {"processor_config.json": named, "preprocessor_config.json": made})
         if self.image_processor is None:
+            return
+        if self.packs_patches:
+            self._save_patches(folder)
             return
         processor = {
             "processor_class": "LlavaProcessor",
@@ -157,25 +219,38 @@ class Processor:
             "vision_feature_select_strategy": self.vision_feature_select_strategy,
             "num_additional_image_tokens": self.num_additional_image_tokens,
         }
+        if self.image_tokens is not None:
+            processor = {
+                "processor_class": "ChameleonProcessor",
+                "image_token": self.image_token,
+                "image_seq_length": self.image_tokens.length,
+            }
         files = {
             "processor_config.json": processor,
             "preprocessor_config.json": self.image_processor.to_dict(),
         }
-        for name, value in files.items():
-            text = json.dumps(value, indent=2, sort_keys=True)
-            (folder / name).write_text(text + "\n", encoding="utf-8")
+        write_json(folder, files)
 
-    def _check_image_token(self, folder: Path) -> None:
+    def _save_patches(self, folder: Path) -> None:
+        seconds = self.image_processor.tokens_per_second is not None
+        name = "Qwen2_5_VLProcessor" if seconds else "Qwen2VLProcessor"
+        files = {
+            "preprocessor_config.json": self.image_processor.to_dict(),
+            "video_preprocessor_config.json": self.image_processor.video_dict(),
+        }
+        write_json(folder, {k: v | {"processor_class": name} for k, v in files.items()})
+
+    def _check_media_tokens(self, folder: Path) -> None:
         path = folder / "config.json"
-        if self.image_token_id is None or not path.is_file():
-            return
-        config = read_json(path)
-        index = config.get("image_token_index", config.get("image_token_id"))
-        if index is not None and index != self.image_token_id:
-            raise CheckpointError(
-                f"{path} says image_token_index {index}, but the tokenizer's {self.image_token!r} "
-                f"is {self.image_token_id}: tokenizer and model do not belong together."
-            )
+        config = read_json(path) if path.is_file() else {}
+        for kind, found in self.placeholder_ids.items():
+            name = f"{kind}_token_index" if f"{kind}_token_index" in config else f"{kind}_token_id"
+            index, token = config.get(name), self.media_tokens[kind]
+            if index is not None and index != found:
+                raise CheckpointError(
+                    f"{path} says {name} {index}, but the tokenizer's {token!r} is {found}: "
+                    "tokenizer and model do not belong together."
+                )
 
     # Text -----------------------------------------------------------------------------------------
 
@@ -318,10 +393,73 @@ class Processor:
             [origin[end] for _, end in encoding.offsets],
         )
 
-    # Images ---------------------------------------------------------------------------------------
+    # Media ----------------------------------------------------------------------------------------
+
+    def prepare(
+        self, kind: str, item: Any, *, pixels: bool, root: str | None = None, where: str = ""
+    ) -> Prepared:
+        """An image, video or clip -> what the tower and the text need of it.
+
+        Args:
+          kind: ``image``, ``video`` or ``audio``.
+          item: for ``pixels`` a decoded image; otherwise any reference to one. Videos and audio
+            are read here.
+          pixels: False works out lengths alone.
+          root: folder of relative paths.
+          where: ``file:row`` for errors.
+
+        Raises:
+          DataError: the checkpoint does not read this kind.
+          InvalidRow: an image of impossible proportions, a clip too long or too short.
+        """
+        if kind not in self.placeholder_ids:
+            raise DataError(
+                f"{where or 'An example'}: this checkpoint's processor reads no {kind}. Use a "
+                "model for this modality."
+            )
+        if kind == "video":
+            return self._prepare_video(item, pixels, root, where)
+        if kind == "audio":
+            count, frames, made = self.audio_processor.prepare(
+                item, features=pixels, root=root, where=where
+            )
+            return Prepared(count, pixels=made, frames=frames)
+        if pixels:
+            given = (item.height, item.width)
+        elif self.fixed_feature_count is None:
+            given = image_size(item, root=root, where=where)
+        else:
+            given = (1, 1)  # any size gives the same
+        if not self.packs_patches:
+            size = self.image_processor.output_size(*given)
+            made, count = self.image_processor(item) if pixels else None, self.feature_count(*given)
+            ids = None if self.image_tokens is None else self.image_tokens.ids(made, where)
+            return Prepared(count, size=size, pixels=made, ids=ids)
+        grid = self.image_processor.grid(*given, where=where)
+        made = self.image_processor(item, grid) if pixels else None
+        return Prepared(self._features(grid), grid=grid, pixels=made)
+
+    def _prepare_video(self, item: Any, pixels: bool, root: str | None, where: str) -> Prepared:
+        make = self.image_processor
+        info = video_info(item, root=root, where=where)
+        taken = sample_frames(info.frames, info.rate, make.video, make.temporal_patch_size)
+        seconds = info.frames / info.rate / len(taken)
+        grid = make.video_grid(len(taken), seconds, (info.height, info.width), where)
+        made = None
+        if pixels:
+            frames = read_frames(item, taken.tolist(), root=root, where=where)
+            made = make.patches(frames, grid)
+        return Prepared(self._features(grid), grid=grid, pixels=made)
+
+    def _features(self, grid: Grid) -> int:
+        return grid.features(self.image_processor.merge_size)
 
     def feature_count(self, height: int, width: int) -> int:
         """Tokens an image of this input size takes in the text."""
+        if self.packs_patches:
+            return self._features(self.image_processor.grid(height, width))
+        if self.image_tokens is not None:
+            return self.image_tokens.length + 2
         if self.image_processor is None or self.patch_size is None:
             raise CheckpointError("This checkpoint reads no images.")
         height, width = self.image_processor.output_size(height, width)
@@ -332,44 +470,14 @@ class Processor:
     @property
     def fixed_feature_count(self) -> int | None:
         """Tokens per image when every image takes the same number, else None."""
-        if self.image_processor is None or self.image_processor.fixed_size is None:
+        if self.image_processor is None or self.packs_patches:
+            return None
+        if self.image_processor.fixed_size is None:
             return None
         return self.feature_count(*self.image_processor.fixed_size)
 
-    def pixels(self, image: Image.Image) -> Float[np.ndarray, "3 H W"]:
-        """RGB image -> normalised pixels."""
+    def pixels(self, image: Image.Image) -> Float[np.ndarray, "*shape"]:
+        """RGB image -> normalised pixels [3, H, W], or its patches [N, K]."""
         if self.image_processor is None:
             raise CheckpointError("This checkpoint reads no images.")
-        return self.image_processor(image)
-
-
-def _vision_settings(folder: Path) -> dict[str, Any]:
-    """Image token, patch size and which tower outputs count, from either config file."""
-    names = ("image_token", "patch_size", "vision_feature_select_strategy")
-    names += ("num_additional_image_tokens",)
-    path = folder / "processor_config.json"
-    config = read_json(path) if path.is_file() else {}
-    settings = {name: config[name] for name in names if config.get(name) is not None}
-    if (folder / "config.json").is_file():
-        model = read_json(folder / "config.json")
-        vision = model.get("vision_config") or {}
-        if "patch_size" in vision:
-            settings.setdefault("patch_size", vision["patch_size"])
-        if strategy := model.get("vision_feature_select_strategy"):
-            settings.setdefault("vision_feature_select_strategy", strategy)
-        if "model_type" in vision:
-            cls_token = int(vision["model_type"] in _UNCOUNTED_CLS)
-            settings.setdefault("num_additional_image_tokens", cls_token)
-    return settings
-
-
-def _chat_source(folder: Path, tokenizer: Any) -> str | None:
-    """The chat template: its own file, the processor's, or the tokenizer's."""
-    if (path := folder / "chat_template.jinja").is_file():
-        return path.read_text(encoding="utf-8")
-    for name in ("chat_template.json", "processor_config.json"):
-        if (folder / name).is_file():
-            if source := read_json(folder / name).get("chat_template"):
-                return source
-    source = tokenizer.chat_template
-    return source.get("default") if isinstance(source, dict) else source
+        return self.prepare("image", image, pixels=True).pixels

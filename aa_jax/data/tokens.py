@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
-from aa_jax.data.example import Example, InvalidRow, Message
-from aa_jax.data.media import image_size
-from aa_jax.data.processor import Processor, Tokens
+from aa_jax.data.example import Example, InvalidRow, Message, Part
+from aa_jax.data.mrope import mrope_positions
+from aa_jax.data.prepared import Prepared, Tokens
+from aa_jax.data.processor import Processor
 from aa_jax.errors import DataError, MediaError
 
 
@@ -48,13 +49,18 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What an example needs: prompt, response and extra trained tokens, images of which size."""
+    """What an example needs: prompt, response and extra trained tokens, images of which size, and
+    where sizes are free, how many patches of how many numbers each; shapes of other media arrays.
+    """
 
     prompt: int
     responses: tuple[int, ...] = ()
     trained: int = 0
     images: int = 0
     image_size: tuple[int, int] | None = None
+    patches: int = 0
+    patch_numbers: int = 0
+    media: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +73,18 @@ class Encoded:
       ended: whether each response kept its end token (False: it was cut).
       feature_index: [P] int32, which media feature stands at this token; -1 is text.
       trained: [P] bool, prompt tokens to train as well (earlier assistant turns).
-      images: I, number of images.
-      media: arrays for the tower, e.g. ``pixel_values`` [I, 3, H, W] float32; empty when only
-        lengths were asked for.
+      images: I, number of images (and videos).
+      media: arrays for the tower: ``pixel_values`` [I, 3, H, W] float32, or for free sizes
+        [N, K] patches and ``grid_thw`` [I, 3]; for audio ``input_features`` [A, mels, frames] and
+        ``feature_lengths`` [A]; empty when only lengths were asked for.
       where: ``file:row``.
       meta: copied from the example.
-      image_size: (height, width) of the pixels, None without images.
+      image_size: (height, width) of the pixels, None without images or where sizes are free.
+      positions: [P, 3] rotary positions where they have three axes; None: 0, 1, 2, ...
+      next_position: of the first token of a response; None: P.
+      patches: number of patches of all images, where sizes are free.
+      patch_numbers: numbers in each.
+      media_shapes: of the media arrays other than pixels, known without decoding.
     """
 
     prompt: Int[np.ndarray, " P"]
@@ -85,13 +97,25 @@ class Encoded:
     where: str = ""
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     image_size: tuple[int, int] | None = None
+    positions: Int[np.ndarray, "P 3"] | None = None
+    next_position: int | None = None
+    patches: int = 0
+    patch_numbers: int = 0
+    media_shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def sizes(self) -> Sizes:
         """Lengths alone."""
-        responses = tuple(map(len, self.responses))
-        trained = int(self.trained.sum())
-        return Sizes(len(self.prompt), responses, trained, self.images, self.image_size)
+        return Sizes(
+            len(self.prompt),
+            tuple(map(len, self.responses)),
+            int(self.trained.sum()),
+            self.images,
+            self.image_size,
+            self.patches,
+            self.patch_numbers,
+            dict(self.media_shapes),
+        )
 
 
 NO_LIMITS = Limits()
@@ -125,14 +149,21 @@ def encode_example(
     trained = np.zeros(len(tokens.ids), bool)
     if limits.train_on == "all":
         trained = _earlier_turns(example, processor, text, tokens)
-    counts, media, image_size = _media(example, processor, pixels, root)
+    kinds, items = _media(example, processor, pixels, root)
+    counts = [item.count for item in items]
     ids = np.asarray(tokens.ids, np.int32)
-    repeats, feature_index = _expand(ids, counts, processor, where)
+    repeats, feature_index = _expand(ids, kinds, counts, processor, where)
     prompt = np.repeat(ids, repeats)
+    if processor.image_tokens is not None:
+        spans = [item.ids for item in items]
+        prompt, feature_index = processor.image_tokens.fill(prompt, feature_index, spans)
     responses, ended = [], []
-    _check_prompt(len(prompt), sum(counts), limits, bool(example.responses), where)
+    features = f"{sum(counts)} of them {'audio' if 'audio' in kinds else 'image'} features"
+    _check_prompt(len(prompt), features, limits, bool(example.responses), where)
     for response in example.responses:
         answer = _response_ids(example, response, processor, text, tokens)
+        if response.media:
+            answer = _draw(answer, example, response, processor, pixels, root)
         answer, whole = _fit(answer, len(prompt), limits, where)
         responses.append(np.asarray(answer, np.int32))
         ended.append(whole)
@@ -142,11 +173,10 @@ def encode_example(
         tuple(ended),
         feature_index,
         np.repeat(trained, repeats),
-        len(counts),
-        media,
-        where,
-        dict(example.meta),
-        image_size,
+        sum(map(_is_picture, items)),
+        where=where,
+        meta=dict(example.meta),
+        **_pixels(items, feature_index, processor, pixels, where),
     )
 
 
@@ -155,15 +185,13 @@ def _response_ids(
 ) -> list[int]:
     """The ids to be generated after the prompt: answer and end token."""
     where = example.where
-    if response.media:
-        kinds = ", ".join(sorted({part.type for part in response.media}))
-        raise DataError(
-            f"{where or 'An example'}: the response holds {kinds}, which this checkpoint does not "
-            "write as tokens. Use a model that generates it, or a text-answer template."
-        )
+    if drawn := bool(response.media):
+        response = _with_marks(response, processor, where)
     if not response.text.strip():
         raise InvalidRow("empty response", f"{where}: the response is empty.")
     region, ends = _region(example.messages, response, processor, prompt_text, where)
+    if drawn:
+        region = region.replace(_MARK, processor.image_token)
     full = processor.encode(prompt_text + region, where=where)
     n = len(prompt.ids)
     if full.ids[:n] == prompt.ids and full.starts[n:] and full.starts[n] >= len(prompt_text):
@@ -171,6 +199,57 @@ def _response_ids(
     else:
         answer = _continuation(region, processor, where)
     return answer if ends else [*answer, processor.eos_id]
+
+
+# Stands for an image of a response while the template is rendered: never assigned by Unicode.
+_MARK = "\ufdd6"
+
+
+def _with_marks(response: Message, processor: Processor, where: str) -> Message:
+    """A response as one text, its images marked in their places."""
+    kinds = {part.type for part in response.media}
+    writes = processor.image_tokens is not None and processor.image_tokens.encode is not None
+    if kinds != {"image"} or not writes:
+        raise DataError(
+            f"{where or 'An example'}: the response holds {', '.join(sorted(kinds))}, which this "
+            "checkpoint does not write as tokens. Use a model that generates it (of a Chameleon "
+            "folder the processor needs its image_encoder), or a text-answer template."
+        )
+    pieces = [
+        part.text.replace(_MARK, "\ufffd") if part.type == "text" else _MARK
+        for part in response.content
+    ]
+    return Message(response.role, (Part("text", text="".join(pieces)),))
+
+
+def _draw(
+    answer: Sequence[int],
+    example: Example,
+    response: Message,
+    processor: Processor,
+    pixels: bool,
+    root: str | None,
+) -> list[int]:
+    """The ids of a response with its images' tokens in place of their placeholders."""
+    whole = example.replace(messages=(response,))
+    _, items = _media(whole, processor, pixels, root)
+    ids = np.asarray(answer, np.int32)
+    at = ids == processor.image_token_id
+    if at.sum() != len(items):
+        raise MediaError(
+            f"{example.where or 'An example'}: the response holds {len(items)} images, but the "
+            f"chat template keeps {at.sum()} of them. Use the chat template that belongs to this "
+            "checkpoint."
+        )
+    repeats = np.where(at, processor.image_tokens.length + 2, 1)
+    places = np.where(np.repeat(at, repeats), 0, -1).astype(np.int32)
+    spans = [item.ids for item in items]
+    return processor.image_tokens.fill(np.repeat(ids, repeats), places, spans)[0].tolist()
+
+
+def _is_picture(item: Prepared) -> bool:
+    """Whether an item takes pixels to the model: no clip, and no image that is tokens already."""
+    return item.frames is None and item.ids is None
 
 
 def _region(
@@ -250,64 +329,118 @@ def _earlier_turns(
 
 def _media(
     example: Example, processor: Processor, pixels: bool, root: str | None
-) -> tuple[list[int], dict[str, Float[np.ndarray, "I 3 H W"]], tuple[int, int] | None]:
-    """Feature count of each input image, the pixels, and their (height, width)."""
+) -> tuple[list[str], list[Prepared]]:
+    """Kind of each medium of the prompt, and what its tokens and the tower need of it."""
     where = example.where or "An example"
-    used = [part for message in example.messages for part in message.media]
-    counts, arrays, sizes = [], [], set()
-    for part in used:
+    kinds, items = [], []
+    for part in (part for message in example.messages for part in message.media):
         if not 0 <= part.index < len(example.media):
             raise MediaError(
                 f"{where}: a message refers to media {part.index}, but the example holds "
                 f"{len(example.media)}."
             )
-        if part.type != "image":
-            raise DataError(
-                f"{where}: this checkpoint's processor reads no {part.type}. Use a model for this "
-                "modality."
-            )
         item = example.media[part.index]
-        if pixels:
-            arrays.append(processor.pixels(item))
-            given = (item.height, item.width)
-        elif processor.fixed_feature_count is None:
-            given = image_size(item, root=root, where=example.where)
-        else:
-            given = (1, 1)  # any size gives the same
-        counts.append(processor.feature_count(*given))
-        sizes.add(processor.image_processor.output_size(*given))
+        kinds.append(part.type)
+        items.append(
+            processor.prepare(part.type, item, pixels=pixels, root=root, where=example.where)
+        )
+    return kinds, items
+
+
+def _pixels(
+    items: Sequence[Prepared],
+    feature_index: Int[np.ndarray, " P"],
+    processor: Processor,
+    pixels: bool,
+    where: str,
+) -> dict[str, Any]:
+    """The fields of `Encoded` that hold media, and the positions they decide."""
+    if items and items[0].frames is not None:
+        return _clips(items, processor, pixels)
+    if processor.packs_patches:
+        merge = processor.image_processor.merge_size
+        grids = [item.grid for item in items]
+        positions, after = mrope_positions(feature_index, grids, merge, where)
+        table = np.array([(g.frames, g.rows, g.columns) for g in grids], np.int32).reshape(-1, 3)
+        media = {}
+        if pixels and items:
+            media = {
+                "pixel_values": np.concatenate([item.pixels for item in items]),
+                "grid_thw": table,
+            }
+        return {
+            "media": media,
+            "positions": positions,
+            "next_position": after,
+            "patches": sum(grid.patches for grid in grids),
+            "patch_numbers": processor.image_processor.patch_numbers,
+        }
+    if items and items[0].ids is not None:
+        return {"media": {}}
+    sizes = {item.size for item in items}
     if len(sizes) > 1:
         raise MediaError(
-            f"{where}: its images have different sizes after processing: {sorted(sizes)}. One "
-            "batch needs one size: set do_center_crop, or a fixed height and width, in "
-            "preprocessor_config.json."
+            f"{where or 'An example'}: its images have different sizes after processing: "
+            f"{sorted(sizes)}. One batch needs one size: set do_center_crop, or a fixed height "
+            "and width, in preprocessor_config.json."
         )
-    return counts, {"pixel_values": np.stack(arrays)} if arrays else {}, next(iter(sizes), None)
+    media = {"pixel_values": np.stack([i.pixels for i in items])} if pixels and items else {}
+    return {"media": media, "image_size": next(iter(sizes), None)}
+
+
+def _clips(items: Sequence[Prepared], processor: Processor, pixels: bool) -> dict[str, Any]:
+    """Log-mel features, cut behind what the tower reads of the longest clip."""
+    make = processor.audio_processor
+    frames = np.asarray([item.frames for item in items], np.int32)
+    width = make.width(int(frames.max()))
+    shapes = {
+        "input_features": (len(items), make.feature_size, width),
+        "feature_lengths": (len(items),),
+    }
+    media = {}
+    if pixels:
+        made = np.stack([item.pixels[:, :width] for item in items])
+        media = {"input_features": made, "feature_lengths": frames}
+    return {"media": media, "media_shapes": shapes}
 
 
 def _expand(
-    ids: Int[np.ndarray, " N"], counts: Sequence[int], processor: Processor, where: str
+    ids: Int[np.ndarray, " N"],
+    kinds: Sequence[str],
+    counts: Sequence[int],
+    processor: Processor,
+    where: str,
 ) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " P"]]:
     """How often each id is repeated, and the feature that stands at each repeated id."""
     repeats = np.ones(len(ids), np.int64)
-    image_id = processor.image_token_id
-    at = np.flatnonzero(ids == (-1 if image_id is None else image_id))
+    known = processor.placeholder_ids
+    at = np.flatnonzero(np.isin(ids, list(known.values())))
     if len(at) != len(counts):
+        token = " and ".join(map(repr, processor.media_tokens.values()))
+        what = "clips" if "audio" in known else "images"
         raise MediaError(
-            f"{where or 'An example'}: {len(counts)} images, but the chat template writes "
-            f"{len(at)} placeholders {processor.image_token!r}. Use the chat template that belongs "
-            "to this checkpoint."
+            f"{where or 'An example'}: {len(counts)} {what}, but the chat template writes "
+            f"{len(at)} placeholders {token or processor.image_token!r}. Use the chat template "
+            "that belongs to this checkpoint."
+        )
+    if any(ids[place] != known[kind] for place, kind in zip(at, kinds, strict=True)):
+        names = {number: kind for kind, number in known.items()}
+        written = [names[int(ids[place])] for place in at]
+        raise MediaError(
+            f"{where or 'An example'}: its media are {', '.join(kinds)}, but the chat template "
+            f"writes placeholders for {', '.join(written)}. Use the chat template that belongs to "
+            "this checkpoint."
         )
     if len(at):
         repeats[at] = counts
-    is_image = np.zeros(len(ids), bool)
-    is_image[at] = True
-    is_image = np.repeat(is_image, repeats)
-    index = np.where(is_image, np.cumsum(is_image) - 1, -1)
+    is_medium = np.zeros(len(ids), bool)
+    is_medium[at] = True
+    is_medium = np.repeat(is_medium, repeats)
+    index = np.where(is_medium, np.cumsum(is_medium) - 1, -1)
     return repeats, index.astype(np.int32)
 
 
-def _check_prompt(length: int, features: int, limits: Limits, answered: bool, where: str) -> None:
+def _check_prompt(length: int, features: str, limits: Limits, answered: bool, where: str) -> None:
     allowed = limits.max_prompt_length
     name = "max_prompt_length"
     if allowed is None and limits.max_length is not None:
@@ -316,8 +449,8 @@ def _check_prompt(length: int, features: int, limits: Limits, answered: bool, wh
     if allowed is not None and length > allowed:
         raise InvalidRow(
             "prompt too long",
-            f"{where or 'An example'}: the prompt has {length} tokens ({features} of them image "
-            f"features), {allowed} fit. A prompt is never cut; raise {name}.",
+            f"{where or 'An example'}: the prompt has {length} tokens ({features}), "
+            f"{allowed} fit. A prompt is never cut; raise {name}.",
         )
 
 

@@ -23,6 +23,10 @@ ROWS = {
     "improved_trained": "self-improvement, trained feedback model",
     "improved_untrained": "self-improvement, untrained feedback model",
 }
+_VARIANTS = {
+    "verified": "pairs the feedback model confirms",
+    "likeliest": "y* decoded greedily",
+}
 _DIRECT = "llf_against_binary"
 HEADINGS = {
     "prompt_following": "following",
@@ -183,8 +187,8 @@ def labels(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _arm_label(name: str) -> str:
-    if name == "verified":
-        return "DPO + LLF, pairs the feedback model confirms"
+    if name in _VARIANTS:
+        return f"DPO + LLF, {_VARIANTS[name]}"
     return f"DPO + LLF, {name} % of the feedback"
 
 

@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from aa_jax import models
 from aa_jax.data import digits, sources, templates
 from aa_jax.data.digits import prompts as wording
+from aa_jax.errors import ConfigError
 from aa_jax.eval.statistics import paired_difference, win_rate
 from aa_jax.llf import digits_world as world
 from aa_jax.llf import pipeline
 from aa_jax.llf.lab import Lab, Lengths
-from aa_jax.llf.prompts import Lazy, critique_prompts
+from aa_jax.llf.prompts import Lazy, critique_prompts, refine_prompts
 from aa_jax.llf.respond import read_lines
 from aa_jax.llf.stages import Stage, run_stages, summary, write_json
 from aa_jax.llf.start import pretrain_tower
@@ -24,6 +26,11 @@ NO_FLAWS = dict.fromkeys(
     ("omit", "wrong", "sum_wrong", "redundant", "wrong_form", "omit_third", "ignore_short"), 0.0
 )
 FEEDBACK = "feedback/model"
+# Further ways to make the pairs: stage name -> title.
+VARIANTS = {
+    "verified": "pairs whose y* the feedback model finds less wrong than y",
+    "likeliest": "y* decoded greedily instead of at the temperature of y",
+}
 
 
 def run(
@@ -50,7 +57,7 @@ def run(
     validation_prompts: int = 512,
     test_prompts: int = 1024,
     shares: Sequence[float] = (),
-    verify: bool = False,
+    variants: Sequence[str] = (),
     stage: str | None = None,
 ) -> dict[str, dict]:
     """Runs (or continues) the pipeline; every argument is a section or key of the config.
@@ -81,12 +88,14 @@ def run(
       test_prompts: held-out prompts, answered once.
       shares: further feedback models trained on these shares of the language feedback, with as
         many updates as the full one, each with its pairs and DPO arm (Figure 5 of the paper).
-      verify: one more arm, of the pairs whose y* the feedback model finds less wrong than y.
+      variants: further ways to make the pairs, each with its DPO arm; keys of `VARIANTS`.
       stage: run just this stage.
 
     Returns:
       stage name -> summary.
     """
+    if unknown := [name for name in variants if name not in VARIANTS]:
+        raise ConfigError(f"variants has {unknown}; there are {', '.join(VARIANTS)}.")
     workdir = Path(workdir)
     lab = Lab(
         workdir=workdir,
@@ -179,12 +188,9 @@ def run(
             "feedback": world.feedback_quality(feedback_records, first, said),
         }
 
-    def verify_stage(folder: Path) -> dict:
+    def verified_stage(folder: Path) -> dict:
         prompts = world.prompt_examples(feedback_records)
-        first, said, refined = (
-            read_lines(workdir / "improve" / f"{name}.jsonl")
-            for name in ("response", "critique", "refine")
-        )
+        first, said, refined = improved("response", "critique", "refine")
         again = lab.answer(
             folder / "critique.jsonl", critique_prompts(prompts, refined, lab.wording),
             kind="critique", params=lab.load(feedback_model)[1], base=base,
@@ -196,11 +202,34 @@ def run(
         )  # fmt: skip
         return {**counts, "truly": world.pair_truth(feedback_records, made)}
 
+    def likeliest_stage(folder: Path) -> dict:
+        prompts = world.prompt_examples(feedback_records)
+        first, said = improved("response", "critique")
+        refined = lab.answer(
+            folder / "refine.jsonl", refine_prompts(prompts, first, said, lab.wording),
+            kind="refine", params=lab.load(base)[1], base=base, greedy=True,
+        )  # fmt: skip
+        made, counts = pipeline.make_pairs(folder / "pairs.parquet", prompts, first, refined, pairs)
+        return {**counts, "truly": world.pair_truth(feedback_records, made)}
+
+    def improved(*names: str) -> list[list[dict]]:
+        return [read_lines(workdir / "improve" / f"{name}.jsonl") for name in names]
+
     def dpo_stage(folder: Path) -> dict:
-        table = world.read_scores(workdir / "sft/validation_scores.json")
+        baseline = world.read_scores(workdir / "sft/validation_scores.json")
+
+        def judge(cell: Path) -> dict:
+            params = models.load(str(cell / "model"), dtype=lab.dtype)[1]
+            prompts = world.prompt_examples(validation)
+            found = lab.answer(
+                cell / "validation.jsonl", prompts, kind="answer", params=params, base=base
+            )
+            line = world.summarise(world.scores(validation, found), baseline)
+            return {"mean": line["mean"].estimate, "win_rate": line["win_rate"].estimate}
+
         return pipeline.train_arms(
-            folder, lab, base=base, arms=arms(workdir, shares, verify), baseline=table,
-            records=validation, prompts=world.prompt_examples(validation), **(dpo or {}),
+            folder, lab, base=base, arms=arms(workdir, shares, variants), judge=judge, best="mean",
+            **(dpo or {}),
         )  # fmt: skip
 
     def evaluate_stage(folder: Path) -> dict:
@@ -211,6 +240,7 @@ def run(
 
         return write(workdir, test)
 
+    variant_stages = {"verified": verified_stage, "likeliest": likeliest_stage}
     stages = [
         Stage("tower", "vision tower: learn to see single digits", tower_stage),
         Stage("pretrain", "base model: to read and to reckon", pretrain_stage, ("tower",)),
@@ -218,15 +248,7 @@ def run(
         Stage("collect", "annotators compare and criticise its answers", collect_stage, ("sft",)),
         Stage("feedback", "feedback model: SFT on critiques", feedback_stage, ("collect",)),
         Stage("improve", "self-improvement: y, critique, y*", improve_stage, ("feedback",)),
-        *(
-            [
-                Stage(
-                    "verify", "the feedback model criticises y* as well", verify_stage, ("improve",)
-                )
-            ]
-            if verify
-            else []
-        ),
+        *(Stage(name, VARIANTS[name], variant_stages[name], ("improve",)) for name in variants),
         *(
             made
             for share in shares
@@ -268,21 +290,27 @@ def default_lengths(max_digits: int) -> dict[str, int]:
     }
 
 
-def arms(workdir: Path, shares: Sequence[float] = (), verify: bool = False) -> dict[str, Sequence]:
-    """The preference examples of each DPO arm, read through the real dataset's templates."""
+def arms(
+    workdir: Path, shares: Sequence[float] = (), variants: Sequence[str] = ()
+) -> dict[str, Sequence]:
+    """The preference examples of each DPO arm, read through the real dataset's templates.
+
+    All arms are cut to as many pairs as the smallest has.
+    """
     files = {
         "binary": ("AA_TI2T", "collect/preferences.parquet"),
         "llf": ("AA_TI2T_LLF", "improve/pairs.parquet"),
     }
-    if verify:
-        files["llf_verified"] = ("AA_TI2T_LLF", "verify/pairs.parquet")
+    for name in variants:
+        files[f"llf_{name}"] = ("AA_TI2T_LLF", f"{name}/pairs.parquet")
     for name in map(percent, shares):
         files[f"llf_{name}"] = ("AA_TI2T_LLF", f"improve_{name}/pairs.parquet")
     result = {}
     for arm, (template, file) in files.items():
         rows = sources.open_source(str(workdir / file))
         result[arm] = [templates.TEMPLATES[template].preference(row) for row in rows]
-    return result
+    count = min(map(len, result.values()))
+    return {arm: examples[:count] for arm, examples in result.items()}
 
 
 def evaluate(folder: Path, lab: Lab, test: Sequence, base: str, feedback_model: str) -> dict:

@@ -13,6 +13,7 @@ from aa_jax.data.example import Example
 from aa_jax.data.processor import Processor
 from aa_jax.llf.respond import respond
 from aa_jax.sampling import make_sampler
+from aa_jax.sharding import shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,9 @@ class Lab:
       top_p: nucleus mass.
       wording: of the LLF prompts, see `aa_jax.data.llf_prompts`.
       dtype: compute type of the models.
+      param_dtype: type their parameters are stored in.
+      remat: what the backward pass keeps, see `models.build`. Making a layer's activations again is
+        cheaper than moving them through memory on a CPU, and the usual choice elsewhere.
     """
 
     workdir: Path
@@ -54,11 +58,17 @@ class Lab:
     top_p: float = 1.0
     wording: Mapping[str, str] | None = None
     dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: str = "full"
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019  one Lab lives as long as the process
+    # Two: the initial model and one beside it, so that large ones do not pile up in memory.
+    @functools.lru_cache(maxsize=2)  # noqa: B019  one Lab lives as long as the process
     def load(self, folder: str) -> tuple[models.Model, dict, Processor]:
-        """Model, parameters and processor of a checkpoint folder."""
-        model, params = models.load(folder, dtype=self.dtype)
+        """Model, parameters (sharded over the mesh) and processor of a checkpoint folder."""
+        model, params = models.load(
+            folder, dtype=self.dtype, param_dtype=self.param_dtype, remat=self.remat,
+            shardings=lambda m: shardings(m.axes(), m.abstract(), self.mesh),
+        )  # fmt: skip
         return model, params, Processor.from_pretrained(folder)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019
@@ -112,6 +122,7 @@ class Lab:
             processor=self.load(base)[2],
             prompt_length=getattr(self.lengths, f"{kind}_prompt"),
             batch_rows=self.batch_rows,
+            mesh=self.mesh,
             seed=self.stream(str(path.relative_to(self.workdir))),
             title=title or path.stem,
         )

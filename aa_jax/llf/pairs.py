@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aa_jax.data.example import Example
+from aa_jax.data.example import Example, Media
+from aa_jax.errors import DataError
 
 
 def normalise(text: str) -> str:
@@ -48,7 +49,8 @@ def form_pairs(
 
 
 def write_pairs(path: Path, pairs: Sequence[dict], prompts: Sequence[Example]) -> None:
-    """Writes the pairs as parquet with the columns the template `AA_TI2T_LLF` reads.
+    """Writes the pairs as parquet with the columns the templates `AA_TI2T_LLF` and `AA_T2T_LLF`
+    read.
 
     Columns: `prompt`, `image` (bytes; absent for text-only prompts), `response`, `refinement`,
     `index` (of the prompt).
@@ -57,13 +59,16 @@ def write_pairs(path: Path, pairs: Sequence[dict], prompts: Sequence[Example]) -
       path: the file; replaced as a whole.
       pairs: from `form_pairs`.
       prompts: the prompts the pairs' `index` points into, of one turn with at most one image.
+
+    Raises:
+      DataError: a prompt has more turns, a system message, or media these columns cannot hold.
     """
     import datasets
     import pyarrow.parquet
 
     table: dict[str, list] = {"prompt": [], "image": [], "response": [], "refinement": []}
     for pair in pairs:
-        prompt = prompts[pair["index"]]
+        prompt = _plain(prompts[pair["index"]])
         table["prompt"].append(prompt.messages[-1].text)
         table["image"].append(_encoded(prompt.media[0]) if prompt.media else None)
         table["response"].append(pair["response"])
@@ -81,7 +86,23 @@ def write_pairs(path: Path, pairs: Sequence[dict], prompts: Sequence[Example]) -
     partial.replace(path)
 
 
+def _plain(prompt: Example) -> Example:
+    images = all(part.type == "image" for part in prompt.messages[-1].media)
+    if len(prompt.messages) == 1 and len(prompt.media) <= 1 and images:
+        return prompt
+    roles = ", ".join(message.role for message in prompt.messages)
+    kinds = ", ".join(part.type for m in prompt.messages for part in m.media) or "none"
+    raise DataError(
+        f"{prompt.where or 'A prompt'}: turns {roles}; media: {kinds}. Pairs are kept for prompts "
+        "of one user turn with at most one image. Choose a template without system message whose "
+        "prompt is a single turn."
+    )
+
+
 def _encoded(image: Any) -> dict[str, Any]:
+    """The bytes of a file as they are; a drawn image as PNG."""
+    if isinstance(image, Media):
+        return {"bytes": image.data, "path": None}
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return {"bytes": buffer.getvalue(), "path": None}

@@ -4,8 +4,8 @@
 
 The feedback model M_φ is trained on (x, y) -> critique + refinement; M_θ improves its own answer y
 with the refinement; the improved answers become preference pairs. Beside it, the baseline: DPO on
-as many pairs with binary labels. Every arm is trained over the same learning rates, one is chosen
-on validation prompts, and test prompts are answered once.
+as many pairs with binary labels. Every arm is trained over the same learning rates, and one is
+chosen on validation data.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 from aa_jax import models, recipes
 from aa_jax.data import sources, templates
 from aa_jax.data.example import Example
-from aa_jax.llf import digits_world as world
+from aa_jax.errors import ConfigError
 from aa_jax.llf.lab import Lab
 from aa_jax.llf.pairs import form_pairs, write_pairs
 from aa_jax.llf.prompts import critique_prompts, refine_prompts
@@ -55,10 +55,19 @@ def train_model(
     recipe: str,
     *,
     base: str,
-    examples: Sequence[Example],
+    examples: Sequence,
     **training: Any,
 ) -> dict[str, Any]:
-    """Trains a copy of `base` by a recipe and saves it as `folder/model`."""
+    """Trains a copy of `base` by a recipe and saves it as `folder/model`.
+
+    Args:
+      folder: of the stage.
+      lab: shared settings.
+      recipe: a key of `recipes.RECIPES`.
+      base: checkpoint folder it starts from.
+      examples: Examples, or data already encoded.
+      **training: keyword arguments of `recipes.train`.
+    """
     model, params, processor = lab.load(base)
     stage = str(folder.relative_to(lab.workdir)).replace("/", ".")
     params, figures = recipes.train(
@@ -108,7 +117,7 @@ def make_pairs(
     limit: int | None,
     keep: Callable[[int], bool] = lambda index: True,
 ) -> tuple[list[dict], dict[str, int]]:
-    """Forms the pairs y* ≻ y and writes them as parquet (template AA_TI2T_LLF reads it).
+    """Forms the pairs y* ≻ y and writes them as parquet (templates AA_T2T_LLF, AA_TI2T_LLF).
 
     Args:
       path: the file.
@@ -134,23 +143,37 @@ def train_arms(
     lab: Lab,
     *,
     base: str,
-    arms: Mapping[str, Sequence[Example]],
+    arms: Mapping[str, Sequence],
     lrs: Sequence[float],
-    prompts: Sequence[Example],
-    records: Sequence,
-    baseline: Mapping[str, list[float]],
+    judge: Callable[[Path], Mapping[str, Any]],
+    best: str,
     optim: Mapping[str, Any],
     **training: Any,
 ) -> dict[str, Any]:
-    """DPO of every arm at every learning rate, scored on validation prompts.
+    """DPO of every arm at every learning rate, judged on validation data.
 
-    All arms see the same number of pairs, cut to the smallest arm. The learning rate with the best
-    mean validation score is chosen for each arm; nothing here touches a test prompt.
+    Nothing here touches test data.
+
+    Args:
+      folder: of the stage; a cell goes to `<arm>_lr<lr>`.
+      lab: shared settings.
+      base: checkpoint folder of the initial model.
+      arms: arm -> preferences, of equal number, so that all arms take as many updates.
+      lrs: peak learning rates, the same for every arm.
+      judge: called with a trained cell's folder; its figures on validation data.
+      best: the figure by which each arm's learning rate is chosen, the largest wins.
+      optim: further keyword arguments of `make_optimizer`.
+      **training: keyword arguments of `recipes.train`.
 
     Returns:
-      `pairs` per arm, `cells` (arm, lr, mean and win rate on validation) and the `chosen` lr.
+      `pairs` per arm, `cells` (arm, lr, updates and the judge's figures) and the `chosen` lr.
+
+    Raises:
+      ConfigError: the arms differ in size.
     """
-    count = min(len(examples) for examples in arms.values())
+    sizes = {arm: len(examples) for arm, examples in arms.items()}
+    if len(set(sizes.values())) != 1:
+        raise ConfigError(f"the arms must have equally many pairs to be compared, not {sizes}.")
     cells = []
     for arm, examples in arms.items():
         for lr in lrs:
@@ -158,29 +181,16 @@ def train_arms(
             done = cell / "cell.json"
             if not done.exists():
                 figures = train_model(
-                    cell, lab, "dpo", base=base, examples=examples[:count],
+                    cell, lab, "dpo", base=base, examples=examples,
                     optim={**optim, "lr": lr}, reference_cache=folder / f"{arm}_reference.npz",
                     **training,
                 )  # fmt: skip
-                _, params = models.load(str(cell / "model"), dtype=lab.dtype)
-                answers = lab.answer(
-                    cell / "validation.jsonl", prompts, kind="answer", params=params, base=base
-                )
-                table = world.scores(records, answers)
-                line = world.summarise(table, baseline)
-                write_json(
-                    done,
-                    {
-                        "arm": arm, "lr": lr, "mean": line["mean"].estimate,
-                        "win_rate": line["win_rate"].estimate, "steps": figures["steps"],
-                    },
-                )  # fmt: skip
+                write_json(done, {"arm": arm, "lr": lr, "steps": figures["steps"], **judge(cell)})
             cells.append(json.loads(done.read_text()))
     chosen = {
-        arm: max((c for c in cells if c["arm"] == arm), key=lambda c: c["mean"])["lr"]
-        for arm in arms
+        arm: max((c for c in cells if c["arm"] == arm), key=lambda c: c[best])["lr"] for arm in arms
     }
-    return {"pairs": count, "cells": cells, "chosen": chosen}
+    return {"pairs": sizes.popitem()[1], "cells": cells, "chosen": chosen}
 
 
 def cell_model(folder: Path, arm: str, lr: float) -> str:

@@ -4,18 +4,21 @@ Every prompt has its own seed, so a run that was interrupted continues with the 
 last complete line and ends with the same file as one that was not.
 """
 
+import dataclasses
 import json
 import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from aa_jax.data.collate import Shapes, collate
+from aa_jax.data.collate import collate, plan_shapes
 from aa_jax.data.example import InvalidRow
 from aa_jax.data.tokens import Limits, encode_example
 from aa_jax.sampling import generate
+from aa_jax.sharding import batch_devices, pad_rows, put_batch
 from aa_jax.training.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -32,6 +35,7 @@ def respond(
     batch_rows: int,
     seed: int,
     title: str,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> list[dict]:
     """Samples a response to each prompt.
 
@@ -47,6 +51,7 @@ def respond(
       batch_rows: requests per batch.
       seed: of the whole file; request i uses a stream of its own.
       title: for the progress bar.
+      mesh: the batch's rows go over its data and fsdp axes.
 
     Returns:
       The lines of the file, in the order of `prompts`.
@@ -70,7 +75,7 @@ def respond(
                     logger.debug("prompt %d gets no response: %s", index, error)
                     dropped += 1
             texts = _sample(encoded, [int(seeds[i]) for i in rows], params, sampler, processor,
-                            prompt_length, batch_rows) if rows else []  # fmt: skip
+                            prompt_length, batch_rows, mesh) if rows else []  # fmt: skip
             found = dict(zip(rows, texts, strict=True))
             for index in range(start, stop):
                 line = {"index": index, **found.get(index, NOTHING)}
@@ -99,14 +104,16 @@ def _sample(
     processor,
     prompt_length: int,
     batch_rows: int,
+    mesh: jax.sharding.Mesh | None,
 ) -> list[dict]:
     """One batch: the responses to encoded prompts, in their order."""
-    images = max(item.images for item in encoded)
-    pixels = [item.media["pixel_values"] for item in encoded if item.images]
-    shapes = Shapes(prompt_length, 0, images, pixels[0].shape[-2:] if pixels else None)
+    shapes = dataclasses.replace(plan_shapes(encoded, "prompt"), length=prompt_length)
     batch = collate(encoded, shapes, "prompt", batch_rows=batch_rows, pad_id=processor.pad_id)
     padded = np.zeros(batch_rows, np.uint32)
     padded[: len(seeds)] = seeds
+    if mesh is not None:
+        batch = put_batch(pad_rows(batch, batch_devices(mesh)), mesh)
+        padded = np.pad(padded, (0, len(batch["tokens"]) - batch_rows))
     samples = generate(sampler, params, batch, padded)
     lines = []
     for row in range(len(encoded)):

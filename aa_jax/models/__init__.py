@@ -11,14 +11,22 @@ from collections.abc import Callable
 from typing import Any
 
 from aa_jax.errors import ModelError
+from aa_jax.models.chameleon import modeling as _chameleon
+from aa_jax.models.chameleon.params import names as _chameleon_names
 from aa_jax.models.config import Reader
+from aa_jax.models.decoder_names import decoder_names as _decoder_names
 from aa_jax.models.functional import Model, Params, functional
 from aa_jax.models.hf import read_config, read_params, write_checkpoint
 from aa_jax.models.llama import modeling as _llama
-from aa_jax.models.llama.params import NAMES as _llama_names
 from aa_jax.models.llava import modeling as _llava
 from aa_jax.models.llava.params import names as _llava_names
 from aa_jax.models.names import Names
+from aa_jax.models.qwen import modeling as _qwen
+from aa_jax.models.qwen2_audio import modeling as _qwen2_audio
+from aa_jax.models.qwen2_audio.params import names as _qwen2_audio_names
+from aa_jax.models.qwen2_vl import config as _qwen2_vl_config
+from aa_jax.models.qwen2_vl.modeling import Qwen2VL as _Qwen2VL
+from aa_jax.models.qwen2_vl.params import names as _qwen2_vl_names
 
 __all__ = ["ARCHITECTURES", "Family", "Model", "Params", "build", "load", "save"]
 
@@ -35,12 +43,38 @@ class Family:
 
 # config.json's `architectures` entry -> family. A new family is a folder and a line here.
 ARCHITECTURES: dict[str, Family] = {
-    "LlamaForCausalLM": Family("llama", _llama.LlamaConfig, _llama.Llama, lambda _: _llama_names),
+    "LlamaForCausalLM": Family("llama", _llama.LlamaConfig, _llama.Llama, _decoder_names),
+    "Qwen2ForCausalLM": Family("qwen2", _qwen.Qwen2Config, _qwen.Qwen, _decoder_names),
+    "Qwen3ForCausalLM": Family("qwen3", _qwen.Qwen3Config, _qwen.Qwen, _decoder_names),
     "LlavaForConditionalGeneration": Family(
         "llava", _llava.LlavaConfig, _llava.Llava, _llava_names
     ),
+    "Qwen2AudioForConditionalGeneration": Family(
+        "qwen2_audio",
+        _qwen2_audio.Qwen2AudioConfig,
+        _qwen2_audio.Qwen2Audio,
+        _qwen2_audio_names,
+    ),
+    "ChameleonForConditionalGeneration": Family(
+        "chameleon", _chameleon.ChameleonConfig, _chameleon.Chameleon, _chameleon_names
+    ),
+    "Qwen2VLForConditionalGeneration": Family(
+        "qwen2_vl", _qwen2_vl_config.Qwen2VLConfig, _Qwen2VL, _qwen2_vl_names
+    ),
+    "Qwen2_5_VLForConditionalGeneration": Family(
+        "qwen2_5_vl", _qwen2_vl_config.Qwen25VLConfig, _Qwen2VL, _qwen2_vl_names
+    ),
 }
-_MODEL_TYPES = {"llama": "LlamaForCausalLM", "llava": "LlavaForConditionalGeneration"}
+_MODEL_TYPES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llava": "LlavaForConditionalGeneration",
+    "qwen2_audio": "Qwen2AudioForConditionalGeneration",
+    "chameleon": "ChameleonForConditionalGeneration",
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+}
 
 
 def build(

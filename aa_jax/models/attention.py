@@ -1,5 +1,6 @@
 """Self-attention of the families: projections, rotary, and the key-value cache of one token."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,10 +9,36 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from aa_jax.kernels.attention import attention
-from aa_jax.models.layers import Linear
+from aa_jax.models.layers import Linear, RMSNorm
 from aa_jax.models.rope import rotate
 
 Angles = tuple[Array, Array]
+
+
+class HeadNorm(nnx.Module):
+    """LayerNorm of each head with its own scale and bias [heads, Dh] (Chameleon, 2024, 2.3)."""
+
+    def __init__(self, heads: int, dim: int, *, eps: float, param_dtype: Any):
+        self.scale = nnx.Param(jnp.ones((heads, dim), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((heads, dim), param_dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch heads Dh"]) -> Float[Array, "*batch heads Dh"]:
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        scale, bias = (jnp.broadcast_to(p[...], x.shape) for p in (self.scale, self.bias))
+        return (wide * scale + bias).astype(x.dtype)
+
+
+# What may be done to queries and keys by head, before they are rotated:
+# name -> (heads, head_dim, eps of the model's norms, parameter type) -> module.
+QK_NORMS: dict[str, Callable[[int, int, float, Any], nnx.Module | None]] = {
+    "none": lambda heads, dim, eps, dtype: None,
+    "rms": lambda heads, dim, eps, dtype: RMSNorm(dim, eps=eps, param_dtype=dtype),
+    # Chameleon's epsilon is torch's default, whatever the config says of the other norms.
+    "layer": lambda heads, dim, eps, dtype: HeadNorm(heads, dim, eps=1e-5, param_dtype=dtype),
+}
 
 
 class Attention(nnx.Module):
@@ -30,12 +57,16 @@ class Attention(nnx.Module):
         out_std: float,
         rngs: nnx.Rngs,
         param_dtype: Any,
+        qk_norm: str = "none",
+        norm_eps: float = 1e-6,
     ):
         kwargs = dict(rngs=rngs, param_dtype=param_dtype)
         self.q = Linear(dim, heads * head_dim, bias=qkv_bias, std=std, **kwargs)
         self.k = Linear(dim, kv_heads * head_dim, bias=qkv_bias, std=std, **kwargs)
         self.v = Linear(dim, kv_heads * head_dim, bias=qkv_bias, std=std, **kwargs)
         self.o = Linear(heads * head_dim, dim, bias=out_bias, std=out_std, **kwargs)
+        self.q_norm = QK_NORMS[qk_norm](heads, head_dim, norm_eps, param_dtype)
+        self.k_norm = QK_NORMS[qk_norm](kv_heads, head_dim, norm_eps, param_dtype)
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
 
     def qkv(
@@ -43,9 +74,11 @@ class Attention(nnx.Module):
     ) -> tuple[
         Float[Array, "*batch H Dh"], Float[Array, "*batch K Dh"], Float[Array, "*batch K Dh"]
     ]:
-        """Queries, keys and values by head, rotated when angles are given."""
+        """Queries, keys and values by head; the first two normed, and rotated given angles."""
         shape = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = self.q(x).reshape(shape), self.k(x).reshape(shape), self.v(x).reshape(shape)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
         return q, k, v
@@ -69,24 +102,26 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B D"],
         angles: Angles,
-        keys: Float[Array, "L B S K Dh"],
-        values: Float[Array, "L B S K Dh"],
+        keys: Float[Array, "L B K S Dh"],
+        values: Float[Array, "L B K S Dh"],
         layer: Int[Array, ""],
         length: Int[Array, "B"],
-    ) -> tuple[Float[Array, "B D"], Float[Array, "L B S K Dh"], Float[Array, "L B S K Dh"]]:
+    ) -> tuple[Float[Array, "B D"], Float[Array, "L B K S Dh"], Float[Array, "L B K S Dh"]]:
         """One token per row, written at its row's own length and attending to all before it.
 
         The whole cache travels as a carry and only [B, K, Dh] of it is written, so no layer
-        copies it. A row whose length has reached S writes nothing.
+        copies it. Heads stand before slots: each head's keys are then one matrix in memory, which
+        the products below read without a transposed copy. A row whose length has reached S writes
+        nothing.
         """
         q, k, v = self.qkv(x, angles)
         rows = jnp.arange(x.shape[0], dtype=jnp.int32)
-        keys = keys.at[layer, rows, length].set(k.astype(keys.dtype))
-        values = values.at[layer, rows, length].set(v.astype(values.dtype))
+        keys = keys.at[layer, rows, :, length].set(k.astype(keys.dtype))
+        values = values.at[layer, rows, :, length].set(v.astype(values.dtype))
         q = q.reshape(x.shape[0], self.kv_heads, -1, self.head_dim) * self.head_dim**-0.5
-        scores = jnp.einsum("bkgd,bskd->bkgs", q, keys[layer], preferred_element_type=jnp.float32)
-        seen = jnp.arange(keys.shape[2], dtype=jnp.int32)[None, :] <= length[:, None]
+        scores = jnp.einsum("bkgd,bksd->bkgs", q, keys[layer], preferred_element_type=jnp.float32)
+        seen = jnp.arange(keys.shape[3], dtype=jnp.int32)[None, :] <= length[:, None]
         scores = jnp.where(seen[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        y = jnp.einsum("bkgs,bskd->bkgd", weights, values[layer].astype(x.dtype))
+        y = jnp.einsum("bkgs,bksd->bkgd", weights, values[layer].astype(x.dtype))
         return self.o(y.reshape(x.shape[0], -1)), keys, values

@@ -34,6 +34,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, 0.0, None),
     "dropout": (0, 0.0, None),
     "quantization_config": (None,),
+    "use_mrope": (False, None),
 }
 
 
@@ -107,19 +108,38 @@ class Reader:
             value = {}
         return Reader(value, f"{self.where}.{name}" if self.where else name, self.problems)
 
-    def rope(self, head_dim: int, max_positions: int) -> Rope:
+    def rope(
+        self, head_dim: int, max_positions: int, *, theta: float = 10000.0, mrope: bool = False
+    ) -> Rope:
         """The rotary settings, in either spelling (`rope_parameters`, or `rope_theta` with
-        `rope_scaling`)."""
-        theta = self.number("rope_theta", 10000.0)
+        `rope_scaling`).
+
+        Args:
+            head_dim: Dh.
+            max_positions: max_position_embeddings.
+            theta: base wavelength where the config names none.
+            mrope: read `mrope_section`, the split of the angles over three position axes.
+        """
+        theta = self.number("rope_theta", theta)
         old, new = self.get("rope_scaling", {}), self.get("rope_parameters", {})
-        name = "rope_parameters" if new else "rope_scaling"
-        if not isinstance(new or old, dict):
-            self.problem(name, f"is {new or old!r}; it must be an object")
+        name = "rope_scaling" if old else "rope_parameters"  # transformers' order
+        if not isinstance(old or new, dict):
+            self.problem(name, f"is {old or new!r}; it must be an object")
             return Rope("default", theta, head_dim, max_positions)
-        values = {k: v for k, v in (new or old).items() if v is not None}
+        values = {k: v for k, v in (old or new).items() if v is not None}
         kind = values.pop("rope_type", values.pop("type", "default"))
         values.pop("type", None)
         theta = float(values.pop("rope_theta", theta))
+        sections: tuple[int, ...] = ()
+        if mrope:
+            kind = "default" if kind == "mrope" else kind
+            sections = self._mrope_sections(name, values.pop("mrope_section", (16, 24, 24)))
+            if sum(sections) != head_dim // 2:
+                self.problem(
+                    name,
+                    f"has mrope_section {list(sections)}, which must add up to half the head size, "
+                    f"{head_dim // 2}",
+                )
         if values.pop("partial_rotary_factor", 1.0) != 1.0:
             self.problem(name, "rotates only a part of each head (partial_rotary_factor)")
         if kind not in KINDS:
@@ -130,7 +150,16 @@ class Reader:
             self.problem(name, f"of type {kind!r} lacks {missing!r}")
         for unknown in sorted(set(values) - set(spec.required) - set(spec.optional)):
             self.problem(name, f"of type {kind!r} holds {unknown!r}, which is not handled")
-        return Rope(kind, theta, head_dim, max_positions, tuple(sorted(values.items())))
+        for text in spec.check(values, head_dim):
+            self.problem(name, f"of type {kind!r} {text}")
+        scaling = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return Rope(kind, theta, head_dim, max_positions, tuple(sorted(scaling.items())), sections)
+
+    def _mrope_sections(self, name: str, value: Any) -> tuple[int, ...]:
+        whole = isinstance(value, list | tuple) and all(isinstance(v, int) for v in value)
+        if not whole:
+            self.problem(name, f"has mrope_section {value!r}; it must be a list of whole numbers")
+        return tuple(value) if whole else ()
 
     def finish(self, inert: Iterable[str] = ()) -> None:
         """Notes every attribute that nobody read and that is not known to be inert."""

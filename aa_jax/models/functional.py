@@ -47,15 +47,15 @@ class Model:
         abstract: ``() -> tree of ShapeDtypeStruct``; needs no memory.
         axes: ``() -> the same tree`` of tuples of logical axis names (None or str per dim).
         encode_media: ``(params, media) -> features [B,F,D]``: tower and projector.
-        tower_features: ``(params, media) -> [B,I,P,Dv]``: the tower alone; handed back as
-            ``media["tower_features"]`` it spares `encode_media` the tower's run.
+        tower_features: ``(params, media) -> [B,I,P,Dv]`` (Qwen2-VL: [B,P,Dv]): the tower alone;
+            handed back as ``media["tower_features"]`` it spares `encode_media` the tower's run.
         hidden_states: ``(params, batch, features=None) -> [B,T,D]`` after the final norm; encodes
             ``batch["media"]`` when features are not given.
         head: ``params -> [V,D]``, the output head, tied or not.
         prefill: ``(params, batch, cache_size, features=None) -> (hidden [B,T,D], cache)``.
         decode: ``(params, tokens [B], cache) -> (hidden [B,D], cache)``: one token per row,
-            appended at the row's own length. The cache is {"k": [L,B,S,K,Dh], "v": the same,
-            "length": [B]}.
+            appended at the row's own length. The cache is {"k": [L,B,K,S,Dh], "v": the same,
+            "length": [B]}, and where positions have three axes "position" [B], the next token's.
     """
 
     family: str

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -15,8 +15,8 @@ from jax.experimental import multihost_utils
 
 from aa_jax.errors import CheckpointError
 from aa_jax.models import safetensors
-from aa_jax.models.functional import Model, Params, dtype_named
-from aa_jax.models.names import Rule, flatten, unflatten
+from aa_jax.models.functional import Params, dtype_named
+from aa_jax.models.names import Names, Rule, flatten, unflatten
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,16 @@ EXTRA_FILES = (
     "chat_template*",
     "generation_config.json",
 )
+
+
+@runtime_checkable
+class Stored(Protocol):
+    """What reading and writing need to know: a `Model`, or a part that has a folder of its own."""
+
+    family: str
+    hf_config: dict[str, Any]
+    names: Names
+    abstract: Callable[[], Params]
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -68,7 +78,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
-def read_params(path: str | os.PathLike[str], model: Model, shardings: Any = None) -> Params:
+def read_params(path: str | os.PathLike[str], model: Stored, shardings: Any = None) -> Params:
     """The parameters of a checkpoint folder, checked against the model before any is read.
 
     Each leaf is assembled on the host, moved to its devices and forgotten, so the host never
@@ -108,7 +118,7 @@ def read_params(path: str | os.PathLike[str], model: Model, shardings: Any = Non
     )
 
 
-def _find(folder: Path, model: Model, problems: list[str]) -> dict[str, safetensors.Entry]:
+def _find(folder: Path, model: Stored, problems: list[str]) -> dict[str, safetensors.Entry]:
     """Every stored tensor under its canonical name, buffers left out."""
     names = [WEIGHTS]
     if not (folder / WEIGHTS).exists():
@@ -149,7 +159,7 @@ def _match(
     found: dict[str, safetensors.Entry],
     leaves: dict[str, Any],
     rules: dict[str, Rule],
-    model: Model,
+    model: Stored,
     problems: list[str],
 ) -> tuple[str, str] | None:
     """Notes every difference between the stored and the expected tensors.
@@ -221,7 +231,7 @@ def to_host(leaf: Any) -> np.ndarray:
 
 def write_checkpoint(
     path: str | os.PathLike[str],
-    model: Model,
+    model: Stored,
     params: Params,
     *,
     extra_files_from: str | os.PathLike[str] | None = None,

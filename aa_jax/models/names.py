@@ -52,10 +52,14 @@ class Transpose:
 
 @dataclasses.dataclass(frozen=True)
 class PatchConv:
-    """A stride = kernel convolution [D, C, p, p] and our matmul kernel [C*p*p, D]."""
+    """A stride = kernel convolution [D, C, p, p] and our matmul kernel [C*p*p, D].
+
+    With ``frames`` the convolution spans that many frames too: [D, C, frames, p, p].
+    """
 
     channels: int
     patch: int
+    frames: int | None = None
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
         return tensor.reshape(tensor.shape[0], -1).T
@@ -64,7 +68,8 @@ class PatchConv:
         return leaf.T.reshape(self.hf_shape(leaf.shape))
 
     def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (shape[-1], self.channels, self.patch, self.patch)
+        frames = () if self.frames is None else (self.frames,)
+        return (shape[-1], self.channels, *frames, self.patch, self.patch)
 
 
 SAME, TRANSPOSE = Same(), Transpose()

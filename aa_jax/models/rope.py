@@ -14,11 +14,14 @@ class Rope:
     """Everything that decides the rotary angles.
 
     Attributes:
-        kind: "default", "linear", "llama3" or "yarn" (`rope_type` in config.json).
+        kind: key of `KINDS` (`rope_type` in config.json).
         theta: base wavelength (`rope_theta`).
         dim: size of a head.
         max_positions: `max_position_embeddings`.
         scaling: the kind's own numbers, as sorted (name, value) pairs.
+        sections: angles per stretch of M-RoPE (Wang et al., 2024, section 2.1): stretch i of the
+            angles turns with axis i mod 3 of the position (time, height, width); adds up to
+            dim / 2. Empty where a position is one number.
     """
 
     kind: str
@@ -26,13 +29,29 @@ class Rope:
     dim: int
     max_positions: int
     scaling: tuple[tuple[str, Any], ...] = ()
+    sections: tuple[int, ...] = ()
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the angles depend on how long the row is."""
+        return KINDS[self.kind].at is not None
 
     def frequencies(self) -> tuple[np.ndarray, float]:
-        """Angles per position, fp32 [dim / 2], and the factor on cos and sin."""
-        exponents = np.arange(0, self.dim, 2, dtype=np.float32) / np.float32(self.dim)
-        base = (1.0 / np.power(np.float32(self.theta), exponents)).astype(np.float32)
-        frequencies, factor = KINDS[self.kind].apply(base, self, dict(self.scaling))
+        """Angles per position, fp32 [dim / 2], and the factor on cos and sin.
+
+        Where they depend on the row's length these are a short row's; see `frequencies_at`.
+        """
+        frequencies, factor = KINDS[self.kind].apply(self.base(), self, dict(self.scaling))
         return frequencies.astype(np.float32), factor
+
+    def base(self) -> np.ndarray:
+        """The angles per position without any scaling (Su et al., 2021, eq. 15)."""
+        exponents = np.arange(0, self.dim, 2, dtype=np.float32) / np.float32(self.dim)
+        return (1.0 / np.power(np.float32(self.theta), exponents)).astype(np.float32)
+
+    def frequencies_at(self, lengths: Int[Array, "B"]) -> Float[Array, "B half"]:
+        """As `frequencies`, for rows of given lengths (largest position + 1)."""
+        return KINDS[self.kind].at(self, dict(self.scaling), lengths)
 
 
 def _default(base: np.ndarray, rope: Rope, scaling: dict) -> tuple[np.ndarray, float]:
@@ -80,18 +99,79 @@ def _yarn(base: np.ndarray, rope: Rope, scaling: dict) -> tuple[np.ndarray, floa
     return base * (1 - stretched) + base / factor * stretched, float(attention_factor)
 
 
+def _dynamic(rope: Rope, scaling: dict, lengths: Array) -> Array:
+    """NTK-aware scaling: the base grows with the row once it is longer than the training context
+    (`max_positions`), so that the longest wavelength just spans it."""
+    longest = jnp.maximum(lengths, rope.max_positions).astype(jnp.float32)
+    stretch = scaling["factor"] * longest / rope.max_positions - (scaling["factor"] - 1)
+    theta = rope.theta * stretch ** (rope.dim / (rope.dim - 2))
+    exponents = jnp.arange(0, rope.dim, 2, dtype=jnp.float32) / rope.dim
+    return 1.0 / theta[:, None] ** exponents[None, :]
+
+
+def _longrope(base: np.ndarray, rope: Rope, scaling: dict) -> tuple[np.ndarray, float]:
+    """LongRoPE (Ding et al., 2024, section 3.1): searched factors per angle, another set beyond
+    the original context."""
+    context = scaling.get("original_max_position_embeddings", rope.max_positions)
+    factor = scaling.get("factor", rope.max_positions / context)
+    attention_factor = scaling.get("attention_factor")
+    if attention_factor is None:
+        attention_factor = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1
+    return base / np.asarray(scaling["short_factor"], np.float32), float(attention_factor)
+
+
+def _longrope_at(rope: Rope, scaling: dict, lengths: Array) -> Array:
+    context = scaling.get("original_max_position_embeddings", rope.max_positions)
+    short, long = (
+        rope.base() / np.asarray(scaling[name], np.float32)
+        for name in ("short_factor", "long_factor")
+    )
+    return jnp.where((lengths > context)[:, None], long[None, :], short[None, :])
+
+
+def _check_dynamic(scaling: dict, dim: int) -> list[str]:
+    return ["needs heads of at least 4"] if dim < 4 else []
+
+
+def _check_longrope(scaling: dict, dim: int) -> list[str]:
+    names = [name for name in ("long_factor", "short_factor") if name in scaling]
+    return [
+        f"needs a list of {dim // 2} numbers as {name}, one per angle"
+        for name in names
+        if not isinstance(scaling[name], list | tuple) or len(scaling[name]) != dim // 2
+    ]
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """One `rope_type`: its formula, the numbers it needs and those it may have."""
+    """One `rope_type`.
+
+    Attributes:
+        apply: its formula, ``(default frequencies, rope, numbers) -> (frequencies, factor)``.
+        required: numbers it needs.
+        optional: numbers it may have.
+        at: ``(rope, numbers, lengths [B]) -> [B, half]`` where the row's length matters.
+        check: ``(numbers, dim) -> `` what is wrong with them.
+    """
 
     apply: Any
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    at: Any = None
+    check: Any = lambda scaling, dim: []
 
 
 KINDS: dict[str, Kind] = {
     "default": Kind(_default),
     "linear": Kind(_linear, ("factor",)),
+    "dynamic": Kind(_default, ("factor",), at=_dynamic, check=_check_dynamic),
+    "longrope": Kind(
+        _longrope,
+        ("short_factor", "long_factor"),
+        ("factor", "original_max_position_embeddings", "attention_factor"),
+        at=_longrope_at,
+        check=_check_longrope,
+    ),
     "llama3": Kind(
         _llama3,
         ("factor", "low_freq_factor", "high_freq_factor"),
@@ -115,13 +195,37 @@ KINDS: dict[str, Kind] = {
 
 
 def angles(
-    rope: Rope, positions: Int[Array, "*batch"]
-) -> tuple[Float[Array, "*batch half"], Float[Array, "*batch half"]]:
-    """cos and sin of every rotary angle, fp32, computed once per forward pass."""
-    frequencies, factor = rope.frequencies()
-    turned = positions[..., None].astype(jnp.float32) * jnp.broadcast_to(
-        jnp.asarray(frequencies), (*positions.shape, frequencies.shape[0])
-    )
+    rope: Rope, positions: Int[Array, "B *rest"], *, per_axis: bool = False
+) -> tuple[Float[Array, "B *dims"], Float[Array, "B *dims"]]:
+    """cos and sin of every rotary angle, fp32, computed once per forward pass.
+
+    Args:
+        rope: the settings.
+        positions: one number per token, [B, ...], or three, [B, ..., 3], with ``per_axis``.
+        per_axis: the last axis of positions is (time, height, width); a text token has the same
+            number three times, so text may as well come without the axis.
+
+    Returns:
+        [B, ..., half] each. Kinds whose angles depend on the length take a row's largest position
+        for it, so a row means the same in every batch.
+    """
+    static, factor = rope.frequencies()
+    if per_axis:
+        stretches = np.arange(len(rope.sections)) % 3
+        turned = positions[..., np.repeat(stretches, rope.sections)].astype(jnp.float32)
+    else:
+        turned = jnp.broadcast_to(
+            positions[..., None].astype(jnp.float32), (*positions.shape, static.shape[0])
+        )
+    if rope.by_length:
+        rows = positions.shape[0]
+        lengths = positions.reshape(rows, -1).max(1) + 1
+        frequencies = rope.frequencies_at(lengths).reshape(
+            rows, *(1 for _ in turned.shape[1:-1]), -1
+        )
+    else:
+        frequencies = jnp.asarray(static)
+    turned = turned * jnp.broadcast_to(frequencies, turned.shape)
     return jnp.cos(turned) * factor, jnp.sin(turned) * factor
 
 

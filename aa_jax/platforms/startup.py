@@ -15,6 +15,7 @@ from aa_jax.platforms.base import Platform
 from aa_jax.platforms.cpu import CPU
 from aa_jax.platforms.generic import GENERIC
 from aa_jax.platforms.gpu import GPU
+from aa_jax.platforms.memory import keep_freed_memory
 from aa_jax.platforms.tpu import TPU
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,9 @@ def current() -> Platform:
 
 
 def start(
-    compilation_cache: str | os.PathLike | None = None, memory_fraction: Real | None = None
+    compilation_cache: str | os.PathLike | None = None,
+    memory_fraction: Real | None = None,
+    keep_memory: bool = True,
 ) -> None:
     """Prepares the process; call before the first JAX operation, and before opening a backend.
 
@@ -54,10 +57,13 @@ def start(
     Args:
       compilation_cache: Folder for compiled programs, so that the next start skips compilation.
       memory_fraction: Share of GPU memory to preallocate, in (0, 1].
+      keep_memory: Let the C library keep freed memory, see `memory.keep_freed_memory`.
 
     Raises:
       ConfigError: The fraction is out of range, or the folder cannot be written.
     """
+    if keep_memory:
+        keep_freed_memory()
     for platform in PLATFORMS.values():
         for name, value in platform.environment.items():
             if _OLD_NAMES.get(name, name) not in os.environ:

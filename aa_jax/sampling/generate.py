@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from aa_jax.errors import ConfigError
+from aa_jax.sampling.constraints import Constraint
+from aa_jax.sampling.draw import draw
 from aa_jax.sampling.filters import check_sampling, filter_logits
 
 
@@ -42,6 +44,7 @@ def make_sampler(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    constraint: Constraint | None = None,
 ) -> Callable[..., Samples]:
     """Compiles prefill and decode into `sample(params, batch, seeds) -> Samples`.
 
@@ -53,13 +56,14 @@ def make_sampler(
       temperature: 0 is greedy.
       top_p: nucleus mass in (0, 1]; 1 keeps every token.
       top_k: tokens kept; 0 keeps every token.
+      constraint: takes tokens away before one is chosen, see `aa_jax.sampling.constraints`.
 
     Returns:
       A jitted function of parameters, a prompt batch (keys `tokens`, `positions`, `intervals`,
       `last_positions`, optionally `feature_index` and `media`) and `seeds` [B] uint32.
 
     Raises:
-      ConfigError: settings outside their range.
+      ConfigError: settings outside their range, or a constraint no response can satisfy.
     """
     check_sampling(temperature, top_p, top_k)
     if max_new_tokens < 1:
@@ -67,17 +71,24 @@ def make_sampler(
     if not eos_ids:
         raise ConfigError("eos_ids is empty: a response could never end. Give the tokenizer's.")
     ends = np.asarray(sorted(eos_ids), np.int32)
+    if constraint is not None:
+        constraint.check(max_new_tokens)
 
-    def choose(logits, keys, step):
+    def choose(logits, keys, step, state):
         """One token per row and its log-prob: [B, V] -> ([B] int32, [B] float32)."""
         logits = logits.astype(jnp.float32)
         if temperature > 0:
             logits = logits / temperature
-            allowed = filter_logits(logits, top_k=top_k, top_p=top_p)
+        open_ = logits
+        if constraint is not None:
+            allowed = constraint.allowed(state, max_new_tokens - step)
+            open_ = jnp.where(allowed, logits, -jnp.inf)
+        if temperature > 0:
+            open_ = filter_logits(open_, top_k=top_k, top_p=top_p)
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
-            token = jax.vmap(jax.random.categorical)(keys, allowed)
+            token = draw(keys, open_)
         else:
-            token = jnp.argmax(logits, axis=-1)
+            token = jnp.argmax(open_, axis=-1)
         picked = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
         return token.astype(jnp.int32), picked - jax.nn.logsumexp(logits, axis=-1)
 
@@ -89,7 +100,11 @@ def make_sampler(
         hidden, cache = model.prefill(params, batch, prompt_length + max_new_tokens, features)
         last = batch["last_positions"][:, :1, None]
         logits = jnp.take_along_axis(hidden, last, axis=1)[:, 0] @ head.T
-        token, logp = choose(logits, keys, 0)
+        state = None
+        if constraint is not None:
+            state = constraint.start(batch["tokens"], batch["last_positions"][:, 0])
+        token, logp = choose(logits, keys, jnp.int32(0), state)
+        state = None if constraint is None else constraint.advance(state, token)
         is_end = jnp.any(token[:, None] == ends[None, :], axis=-1)
         tokens = jnp.full((rows, max_new_tokens), pad_id, jnp.int32).at[:, 0].set(token)
         logps = jnp.zeros((rows, max_new_tokens), jnp.float32).at[:, 0].set(logp)
@@ -100,19 +115,20 @@ def make_sampler(
             return (step < max_new_tokens) & ~jnp.all(done)
 
         def advance(carry):
-            step, done, token, tokens, logps, mask, cache = carry
+            step, done, token, tokens, logps, mask, cache, state = carry
             hidden, cache = model.decode(params, token, cache)
-            token, logp = choose(hidden @ head.T, keys, step)
+            token, logp = choose(hidden @ head.T, keys, step, state)
+            state = None if constraint is None else constraint.advance(state, token)
             token = jnp.where(done, pad_id, token)
             write = jax.lax.dynamic_update_index_in_dim
             tokens = write(tokens, token, step, axis=1)
             logps = write(logps, jnp.where(done, 0.0, logp), step, axis=1)
             mask = write(mask, jnp.where(done, 0.0, 1.0), step, axis=1)
             done = done | jnp.any(token[:, None] == ends[None, :], axis=-1)
-            return step + 1, done, token, tokens, logps, mask, cache
+            return step + 1, done, token, tokens, logps, mask, cache, state
 
-        carry = (jnp.int32(1), is_end, token, tokens, logps, mask, cache)
-        _, done, _, tokens, logps, mask, _ = jax.lax.while_loop(unfinished, advance, carry)
+        carry = (jnp.int32(1), is_end, token, tokens, logps, mask, cache, state)
+        _, done, _, tokens, logps, mask, *_ = jax.lax.while_loop(unfinished, advance, carry)
         return Samples(tokens, logps, mask, done)
 
     return jax.jit(sample)

@@ -6,8 +6,11 @@ background, verified when read, and opens on another mesh.
 
 import contextlib
 import functools
+import gc
 import logging
 import os
+import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -433,7 +436,26 @@ def _reading() -> Iterator[None]:
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # says something about this machine, not about the checkpoint
     except Exception as error:  # storage errors arrive as bare Exceptions
+        _forget_abandoned_reads(error)
         raise _Damaged(_brief(error)) from error
+
+
+def _forget_abandoned_reads(error: BaseException) -> None:
+    """Frees, here and quietly, what a failed read leaves behind.
+
+    When one array cannot be read, orbax closes its event loop over the reads of the others. Left
+    to the garbage collector, those coroutines say "never awaited" at some later, unrelated moment;
+    the damage itself is reported by the error.
+    """
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        traceback.clear_frames(current.__traceback__)  # skips the frames still running
+        current = current.__cause__ or current.__context__
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        gc.collect()
 
 
 def _brief(error: BaseException) -> str:

@@ -1,7 +1,8 @@
 """Optimizers: an optax chain with its learning-rate schedule."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ def make_optimizer(
     clip_norm: float | None = 1.0,
     momentum: float = 0.0,
     master_weights: bool = True,
+    lr_scales: Mapping[str, float] | None = None,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """An optimizer and the learning rate it uses at each of its updates.
 
@@ -50,6 +52,8 @@ def make_optimizer(
       momentum: SGD momentum.
       master_weights: Keep a float32 copy of bfloat16/float16 parameters in the optimizer state,
         so that updates smaller than their rounding are not lost.
+      lr_scales: Factor of the learning rate for the parameters whose path matches a glob, e.g.
+        {"critic/*": 0.5}; the first match counts.
 
     Returns:
       (transformation, schedule: update count -> learning rate)
@@ -71,6 +75,8 @@ def make_optimizer(
     parts += _OPTIMIZERS[name](b1=b1, b2=b2, eps=eps, momentum=momentum)
     if weight_decay:
         parts.append(optax.add_decayed_weights(weight_decay, mask=decay_mask))
+    if lr_scales:
+        parts.append(_scale_by_path(lr_scales))
     tx = optax.chain(*parts, optax.scale_by_learning_rate(rate))
     return (with_master_weights(tx) if master_weights else tx), rate
 
@@ -84,6 +90,20 @@ _OPTIMIZERS: dict[str, Callable[..., list[optax.GradientTransformation]]] = {
         optax.scale_by_param_block_rms(),
     ],
 }
+
+
+def _scale_by_path(scales: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies updates, decay included, by the factor of the first glob their path matches."""
+
+    def scale(updates: Any, params: Any = None) -> Any:
+        def one(path: Any, update: jax.Array) -> jax.Array:
+            name = path_name(path)
+            factors = (factor for glob, factor in scales.items() if fnmatchcase(name, glob))
+            return update * next(factors, 1.0)
+
+        return jax.tree_util.tree_map_with_path(one, updates)
+
+    return optax.stateless(scale)
 
 
 def make_schedule(

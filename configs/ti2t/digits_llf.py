@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     return ConfigDict({
+        "pipeline": "digits",
         "seed": 0,
         "max_digits": 3,
         "model": {"vision_dim": 64, "dim": 96, "layers": 3, "heads": 4, "mlp_dim": 256},

@@ -18,11 +18,11 @@ def get_config() -> ConfigDict:
     base = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(base)
     config = base.get_config()
-    del config.seed
+    del config.pipeline, config.seed
     with config.unlocked():
         config.seeds = (0, 1, 2)
         config.shares = (0.25, 0.5)
-        config.verify = True
+        config.variants = ("verified", "likeliest")
         config.feedback_prompts = 5000  # so that every arm finds 2,000 pairs
-        config.dpo.lrs = (3e-5, 1e-4, 3e-4, 1e-3)
+        config.dpo.lrs = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
     return config

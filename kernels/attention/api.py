@@ -1,13 +1,57 @@
 """Softmax attention with grouped key/value heads and interval masks."""
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from aa_jax.errors import ConfigError
 from aa_jax.kernels.attention import reference, xla
 from aa_jax.kernels.attention.intervals import resolve
-from aa_jax.kernels.dispatch import Implementation, choose
+from aa_jax.kernels.dispatch import Implementation, choose, undivided
+
+
+def _pallas_tpu(*args):
+    from aa_jax.kernels.attention import pallas_tpu  # Pallas takes a while to import
+
+    return pallas_tpu.attention(*args)
+
+
+def _pallas_tpu_refuses(q, **_):
+    if str(q.dtype) not in ("bfloat16", "float32"):
+        return f"queries are {q.dtype}, not bfloat16 or float32"
+    if q.shape[1] == 1:
+        return "one query per row is bound by reading the cache, which XLA does as well"
+    if not 64 <= q.shape[3] <= 256:
+        return f"heads of {q.shape[3]} are not within 64 to 256"
+    if not undivided():
+        return "arrays may be divided over devices outside jax.shard_map"
+    return None
+
+
+def _cudnn(q, k, v, intervals, scale):
+    # Intervals are given for the causal mask alone: `_cudnn_refuses` lets no others through.
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=scale, is_causal=intervals is not None, implementation="cudnn"
+    )
+
+
+def _cudnn_refuses(q, mask, **_):
+    # Given other masks as an array cuDNN is slow, and without them it is wrong.
+    if mask == "intervals":
+        return "cuDNN has no interval masks"
+    if str(q.dtype) not in ("bfloat16", "float16"):
+        return f"queries are {q.dtype}, not bfloat16 or float16"
+    if q.shape[1] == 1 or q.shape[3] > 128 or q.shape[3] % 8:
+        return f"{q.shape[1]} queries with heads of {q.shape[3]} do not suit cuDNN on every GPU"
+    capability = getattr(jax.devices()[0], "compute_capability", "0")
+    if not capability[:1].isdigit() or float(capability) < 8.0:
+        return "cuDNN attention needs an NVIDIA GPU of compute capability 8.0"
+    return None
+
 
 IMPLEMENTATIONS = {
+    "pallas_tpu": Implementation(_pallas_tpu, ("tpu",), ("tpu",), _pallas_tpu_refuses),
+    "cudnn": Implementation(_cudnn, ("gpu", "cuda"), ("gpu", "cuda"), _cudnn_refuses),
     "reference": Implementation(reference.attention),
     "xla": Implementation(xla.attention, preferred=None),
 }
@@ -59,6 +103,34 @@ def attention(
             f"attention: intervals describe {intervals.shape[0]} rows and q has {rows}; give one "
             "set of intervals per row, or one for all."
         )
-    fn = choose("attention", IMPLEMENTATIONS, impl)
+    mask = "intervals" if intervals is not None else "causal" if causal else "full"
+    fn = choose("attention", IMPLEMENTATIONS, impl, q=q, mask=mask)
     intervals = resolve(intervals, causal, queries, k.shape[1])
     return fn(q, k, v, intervals, depth**-0.5 if scale is None else float(scale))
+
+
+def decode_attention(
+    q: Float[Array, "B H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    lengths: Int[Array, "B"],
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Float[Array, "B H D"]:
+    """One query per row over the first ``lengths`` keys of its row's cache.
+
+    Args:
+      q: the queries.
+      k: cached keys; slots from a row's length on may hold anything, NaN included.
+      v: cached values.
+      lengths: keys a row sees; 0 gives exactly 0.
+      scale: multiplies the scores; ``D ** -0.5`` when None.
+      impl: see `attention`.
+
+    Raises:
+      ConfigError: as `attention`.
+    """
+    zero = jnp.zeros_like(lengths)
+    intervals = jnp.stack([zero, zero, zero, lengths], axis=-1)[:, None]
+    return attention(q[:, None], k, v, intervals=intervals, scale=scale, impl=impl)[:, 0]

@@ -3,11 +3,27 @@
 from jaxtyping import Array, Bool, Float, Int
 
 from aa_jax.errors import ConfigError
-from aa_jax.kernels.dispatch import Implementation, choose
+from aa_jax.kernels.dispatch import Implementation, choose, undivided
 from aa_jax.kernels.linear_logprob import reference, xla
 from aa_jax.kernels.linear_logprob.spec import LogProbs, Spec
 
+
+def _pallas_tpu(*args):
+    from aa_jax.kernels.linear_logprob import pallas_tpu  # Pallas takes a while to import
+
+    return pallas_tpu.linear_logprob(*args)
+
+
+def _pallas_tpu_refuses(hidden, **_):
+    if str(hidden.dtype) not in ("bfloat16", "float32"):
+        return f"hidden states are {hidden.dtype}, not bfloat16 or float32"
+    if not undivided():
+        return "arrays may be divided over devices outside jax.shard_map"
+    return None
+
+
 IMPLEMENTATIONS = {
+    "pallas_tpu": Implementation(_pallas_tpu, ("tpu",), ("tpu",), _pallas_tpu_refuses),
     "reference": Implementation(reference.linear_logprob),
     "xla": Implementation(xla.linear_logprob, preferred=None),
 }
@@ -64,7 +80,7 @@ def linear_logprob(
     for name, value in (("temperature", temperature), ("softcap", softcap), ("chunk", chunk)):
         if value is not None and not value > 0:
             raise ConfigError(f"linear_logprob: {name} must be positive, got {value!r}.")
-    fn = choose("linear_logprob", IMPLEMENTATIONS, impl)
+    fn = choose("linear_logprob", IMPLEMENTATIONS, impl, hidden=hidden)
     spec = Spec(
         float(temperature), None if softcap is None else float(softcap), bool(need_entropy), chunk
     )

@@ -20,9 +20,18 @@ class LogProbs(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """Static choices; hashable, so that one compiled kernel belongs to each."""
+    """Static choices; hashable, so that one compiled kernel belongs to each.
+
+    Attributes:
+      temperature: divides the capped logits.
+      softcap: tanh cap of the logits, or None.
+      need_entropy: whether entropies are wanted.
+      chunk: tokens per block.
+      tile: vocabulary entries per block.
+    """
 
     temperature: float = 1.0
     softcap: float | None = None
     need_entropy: bool = False
     chunk: int | None = None
+    tile: int | None = None

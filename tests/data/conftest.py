@@ -2,6 +2,7 @@
 
 import functools
 import io
+import json
 import types
 
 import numpy as np
@@ -29,6 +30,16 @@ CHATML_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for content in message['content'] %}{% if content['type'] == 'image' %}{{ '<image>' }}"
+    "{% else %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+QWEN_VL_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
     "{% else %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}"
     "{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -146,6 +157,31 @@ def save_llava(folder, tokenizer=None, template=LLAVA_TEMPLATE, size=28, patch=7
     return processor
 
 
+def save_qwen_vl(folder, tokens_per_second=None, template=QWEN_VL_TEMPLATE, **settings):
+    """A Qwen2-VL checkpoint folder without weights; 4-pixel patches, 2 x 2 of them a feature."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    tokenizer = chatml_tokenizer()
+    names = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(names)})
+    save_text(folder, tokenizer, template)
+    pixels = {"min_pixels": 64, "max_pixels": 1024, "patch_size": 4, **settings}
+    images = Qwen2VLImageProcessorPil(**pixels)
+    images.save_pretrained(folder)
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in names}
+    kind = "qwen2_vl" if tokens_per_second is None else "qwen2_5_vl"
+    config = {
+        "model_type": kind,
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_config": {"patch_size": 4},
+    }
+    if tokens_per_second is not None:
+        config["vision_config"]["tokens_per_second"] = tokens_per_second
+    (folder / "config.json").write_text(json.dumps(config))
+    return images, ids
+
+
 def save_text(folder, tokenizer, template):
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
@@ -186,6 +222,8 @@ def kit(tmp_path_factory):
         chatml_tokenizer=chatml_tokenizer,
         save_llava=save_llava,
         save_text=save_text,
+        save_qwen_vl=save_qwen_vl,
+        QWEN_VL_TEMPLATE=QWEN_VL_TEMPLATE,
         hf_processor=hf_processor,
         random_image=random_image,
         image_bytes=image_bytes,

@@ -109,6 +109,26 @@ def test_prompts_for_sampling():
     assert "targets" not in batch and "loss_mask" not in batch
 
 
+def test_a_group_shares_its_prompt_and_may_be_smaller_than_the_largest():
+    """Every sequence sees and predicts what it would in a row of its own."""
+    three = item(3, [[5, 6, 2], [7, 2], [8, 2]], image=True)
+    two = item(4, [[6, 2], [5, 5, 5]], image=True)
+    shapes = plan_shapes([three, two], "group", multiple_of=1)
+    assert (shapes.sequences, shapes.length, shapes.response_length) == (3, 10, 3)
+    batch = collate([three, two], shapes, "group", batch_rows=3)
+    np.testing.assert_array_equal(batch["sequence_mask"], [[1, 1, 1], [1, 1, 0], [0, 0, 0]])
+    for b, whole in enumerate((three, two)):
+        for s, response in enumerate(whole.responses):
+            alone = dataclasses.replace(whole, responses=(response,), ended=(True,))
+            row = collate([alone], plan_shapes([alone], "supervised"), "supervised")
+            assert history(batch, b, s) == history(row, 0, 0)
+            n = len(response)
+            np.testing.assert_array_equal(batch["targets"][b, s, :n], response)
+            assert batch["loss_mask"][b, s].sum() == n
+    with pytest.raises(DataError, match="needs 3"):
+        collate([item(3, [[5]] * 4)], dataclasses.replace(shapes, length=99), "group")
+
+
 def test_images():
     items = [item(4, [[5, 2]], True), item(3, [[6]])]
     batch = collate(items, Shapes(6, 2, 2, (2, 2)), "supervised")

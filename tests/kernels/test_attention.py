@@ -1,6 +1,7 @@
 """Attention against a float64 NumPy oracle and torch, and the promises about masks."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,15 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from aa_jax.errors import ConfigError
-from aa_jax.kernels.attention import attention, causal_intervals, visible, xla
+from aa_jax.kernels import dispatch
+from aa_jax.kernels.attention import (
+    api,
+    attention,
+    causal_intervals,
+    decode_attention,
+    visible,
+    xla,
+)
 
 compiled = jax.jit(attention, static_argnames=("causal", "scale", "impl"))
 blocked = functools.partial(xla.attention, block=4)
@@ -156,6 +165,40 @@ def test_decode_step_equals_the_last_row(depth, kv_heads):
     assert (np.asarray(empty) == 0).all()
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2)])
+def test_ragged_decode(heads, kv_heads):
+    q, k, v = arrays(rows=3, queries=1, heads=heads, kv_heads=kv_heads, depth=64)
+    lengths = np.array([0, 5, 9])
+    k, v = (x.at[1, 5:].set(np.nan) for x in (k, v))
+    mask = np.arange(9)[None, None] < lengths[:, None, None]
+    out = jax.jit(decode_attention)(q[:, 0], k, v, jnp.asarray(lengths))
+    np.testing.assert_allclose(out, oracle(q, k, v, mask)[:, 0], atol=2e-6)
+    assert (np.asarray(out[0]) == 0).all()
+
+
+def test_who_takes_which_mask(monkeypatch):
+    """cuDNN would attend across packed segments: it never sees intervals."""
+    table = api.IMPLEMENTATIONS
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    gpu = types.SimpleNamespace(compute_capability="9.0")
+    monkeypatch.setattr(jax, "devices", lambda *_: [gpu])
+
+    def chosen(platform, mask, dtype=jnp.bfloat16, depth=128, queries=8):
+        q = jax.ShapeDtypeStruct((1, queries, 2, depth), dtype)
+        fn = dispatch.choose("attention", table, platform=platform, q=q, mask=mask)
+        return next(name for name, entry in table.items() if entry.fn is fn)
+
+    for mask in ("full", "causal"):
+        assert chosen("gpu", mask) == "cudnn"
+    assert chosen("gpu", "intervals") == "xla"
+    assert chosen("gpu", "causal", jnp.float32) == chosen("gpu", "causal", depth=256) == "xla"
+    gpu.compute_capability = "gfx942"
+    assert chosen("gpu", "causal") == "xla"
+    assert chosen("tpu", "intervals") == chosen("tpu", "full") == "pallas_tpu"
+    assert chosen("tpu", "full", depth=32) == chosen("tpu", "intervals", queries=1) == "xla"
+    assert chosen("tpu", "full", jnp.float16) == chosen("ascend", "causal") == "xla"
+
+
 def test_shared_prefix_equals_separate_rows():
     q, k, v = arrays(rows=1)
     row = compiled(q, k, v, intervals=jnp.asarray(shared_prefix()))
@@ -237,7 +280,9 @@ def test_long_rows_are_cut_into_blocks():
 
 def test_errors_list_the_choices():
     q, k, v = arrays()
-    with pytest.raises(ConfigError, match=r"'flash'.*\['reference', 'xla'\]"):
+    with pytest.raises(
+        ConfigError, match=r"'flash'.*\['cudnn', 'pallas_tpu', 'reference', 'xla'\]"
+    ):
         attention(q, k, v, impl="flash")
     with pytest.raises(ConfigError, match="4 query heads cannot share 3"):
         attention(q, *arrays(kv_heads=3)[1:])

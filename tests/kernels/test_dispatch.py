@@ -2,6 +2,8 @@
 
 import logging
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from aa_jax.errors import ConfigError
@@ -42,6 +44,41 @@ def test_forcing_is_obeyed_or_refused():
         choose("op", TABLE, "fast", platform="cpu")
     with pytest.raises(ConfigError, match=r"no implementation 'fats'.*'fast', 'portable'"):
         choose("op", TABLE, "fats", platform="tpu")
+
+
+def test_what_cannot_take_the_arrays_is_passed_over_aloud_or_refused(caplog):
+    picky = Implementation(_fast, ("tpu",), ("tpu",), lambda dtype: f"{dtype} is not for me")
+    table = {"fast": picky, "portable": Implementation(_slow, preferred=None)}
+    table["portable"] = table["portable"]._replace(refuses=lambda dtype: None)
+    with caplog.at_level(logging.INFO, logger=dispatch.__name__):
+        assert choose("picky", table, platform="tpu", dtype="int8") is _slow
+    assert caplog.messages == [
+        "picky runs its 'portable' implementation on tpu ('fast' does not run: int8 is not for me)"
+    ]
+    with pytest.raises(ConfigError, match="'fast' cannot run here: int8 is not for me"):
+        choose("picky", table, "fast", platform="tpu", dtype="int8")
+    del table["portable"]
+    with pytest.raises(ConfigError, match="no implementation runs on 'tpu': 'fast' does not run"):
+        choose("picky", table, platform="tpu", dtype="int8")
+
+
+def test_a_kernel_needs_one_device_or_a_manual_mesh():
+    assert not dispatch.undivided()  # eight devices and nobody knows where the arrays are
+    axes = dict(axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1], **axes)):
+        assert dispatch.undivided()
+    mesh = jax.make_mesh((8,), ("data",), **axes)
+    seen = []
+
+    def inside(x):
+        seen.append(dispatch.undivided())
+        return x
+
+    with jax.set_mesh(mesh):
+        assert not dispatch.undivided()
+        spec = jax.sharding.PartitionSpec("data")
+        jax.jit(jax.shard_map(inside, in_specs=spec, out_specs=spec)).lower(jnp.zeros(8))
+    assert seen and all(seen)
 
 
 def test_the_default_backend_is_asked():

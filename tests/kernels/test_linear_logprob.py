@@ -10,7 +10,8 @@ import pytest
 from jax.test_util import check_grads
 
 from aa_jax.errors import ConfigError
-from aa_jax.kernels.linear_logprob import linear_logprob, xla
+from aa_jax.kernels.linear_logprob import linear_logprob, sharded, xla
+from aa_jax.kernels.linear_logprob.spec import Spec
 
 N, D, V = 23, 5, 37  # nothing divides anything
 
@@ -105,6 +106,29 @@ def test_compacted_blocks_do_not_change_the_result(one_device, kept):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("kept", [0, 9, N])
+@pytest.mark.parametrize("width", [8, 37])  # five tiles, the last one filled up; and one
+def test_blocks_cut_along_the_vocabulary_do_not_change_the_result(
+    one_device, monkeypatch, width, kept
+):
+    monkeypatch.setitem(xla.BLOCK, "cpu", (512, width))
+    p = problem()
+    mask = jnp.asarray(np.random.default_rng(3).permutation(N) < kept)
+    kwargs = dict(temperature=0.7, softcap=3.0)
+    values, grads = torch_oracle(p, mask=mask, **kwargs)
+    got = run(p, chunk=6, **kwargs)(p.hidden, p.head, p.bias, mask)
+    for a, b in zip(jax.tree.leaves(got), values + grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_the_default_on_one_cpu_keeps_small_logits_and_cuts_large_ones(one_device, monkeypatch):
+    monkeypatch.setitem(xla.BLOCK, "cpu", (512, 64))
+    monkeypatch.setitem(xla.KEPT_BYTES, "cpu", 4 * 96 * 200)
+    assert matmuls(compiled_text((0, 1), False, n=96, chunk=None)) == 3
+    text = compiled_text((0, 1), False, n=97, chunk=None)
+    assert re.search(r"f32\[97,50\]", text) and not re.search(r"\[97,200\]", text)
+
+
 @pytest.mark.parametrize("impl", ["reference", "xla"])
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_masked_tokens_are_exactly_zero_whatever_they_hold(impl, chunk):
@@ -173,7 +197,7 @@ def test_extreme_logits(impl):
     np.testing.assert_allclose(out.logps, [-1e4, -np.log(4), -np.log(5), -np.log(5)], rtol=1e-6)
     entropy = [0, np.log(4), np.log(5), np.log(5)]
     np.testing.assert_allclose(out.entropy, entropy, atol=2e-6)
-    grads = pull(jax.tree.map(jnp.ones_like, out))
+    grads = pull(jax.tree.map(lambda x: jnp.full_like(x, 3.0), out))
     assert all(np.isfinite(g).all() for g in grads[:2])
 
 
@@ -239,6 +263,12 @@ def test_a_frozen_head_costs_no_matmul(one_device, compact, chunk):
     assert matmuls(compiled_text(0, compact, chunk=chunk)) == forward + 1
 
 
+def test_a_frozen_head_costs_no_matmul_in_tiles_either(one_device, monkeypatch):
+    monkeypatch.setitem(xla.BLOCK, "cpu", (512, 64))
+    assert matmuls(compiled_text((0, 1), True)) == 4
+    assert matmuls(compiled_text(0, True)) == 3
+
+
 def test_default_blocks_fit_the_budget():
     for vocab in (1, 10, 32_000, 128_256, 10**9):
         for tokens in (1, 500, 5000):
@@ -271,8 +301,49 @@ def test_vocabulary_over_devices_equals_one_device():
 
 def test_errors_list_the_choices():
     p = problem()
-    with pytest.raises(ConfigError, match=r"'triton'.*\['reference', 'xla'\]"):
+    with pytest.raises(ConfigError, match=r"'triton'.*\['pallas_tpu', 'reference', 'xla'\]"):
         linear_logprob(p.hidden, p.head, p.targets, impl="triton")
     for name, zero in (("temperature", 0.0), ("softcap", 0.0), ("chunk", 0)):
         with pytest.raises(ConfigError, match=f"{name} must be positive, got 0"):
             linear_logprob(p.hidden, p.head, p.targets, **{name: zero})
+
+
+@pytest.mark.parametrize("need_entropy", [True, False])
+def test_explicitly_divided_vocabulary_equals_float64(need_entropy):
+    from jax.sharding import AxisType
+
+    p = problem(n=24, d=8, v=40)
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    spec = Spec(0.7, 3.0, need_entropy, chunk=5, tile=4)
+    if not need_entropy:
+        p.cotangents = p.cotangents.at[1].set(0)
+    values, grads = torch_oracle(p, 0.7, 3.0, p.mask)
+
+    @jax.jit
+    def both(hidden, head, bias):
+        def fn(*x):
+            out = sharded.linear_logprob(
+                *x[:2], p.targets, p.mask, x[2], spec, mesh=mesh, tokens=("data",)
+            )
+            return out.logps, out.entropy, out.lse
+
+        outs, pull = jax.vjp(fn, hidden, head, bias)
+        c = p.cotangents
+        return outs, pull((c[0], c[1] if need_entropy else None, c[2]))
+
+    outs, got = both(p.hidden, p.head, p.bias)
+    for a, b in zip(outs, values, strict=True):
+        if a is not None:
+            np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-5)
+    for a, b in zip(got, grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_what_cannot_be_divided_says_so():
+    p = problem(n=24, d=8, v=42)
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    args = p.hidden, p.head, p.targets, None, None, Spec()
+    with pytest.raises(ConfigError, match=r"the vocabulary \(42\) cannot be divided over 4"):
+        sharded.linear_logprob(*args, mesh=mesh, tokens=("data",))
+    with pytest.raises(ConfigError, match=r"and not \['fsdp'\]"):
+        sharded.linear_logprob(*args, mesh=mesh)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -80,6 +81,21 @@ def test_dpo_starts_at_log_two_and_layouts_agree(checkpoint, preferences, tmp_pa
     np.testing.assert_allclose(first[0], first[1], rtol=1e-5)
 
 
+def test_any_batch_size_on_any_number_of_devices(checkpoint, preferences, tmp_path):
+    """5 pairs per update over 8 devices, held-out data too: the numbers of one device."""
+    found, devices = [], jax.devices()
+    for name, count in {"many": len(devices), "one": 1}.items():
+        cfg = settings("dpo", checkpoint, preferences)
+        cfg["train"] |= {"steps": 2, "batch_rows": 5}
+        cfg["eval_data"] = {"size": 7}
+        cfg["mesh"] = {"data": -1}
+        with mock.patch("jax.devices", lambda *args, n=count: devices[:n]):
+            runs.run(tmp_path / name, **cfg)
+        rows = read_metrics(tmp_path / name, stage="train")
+        found.append(series(rows, "loss")[1] + series(rows, "eval/loss")[1])
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+
+
 def test_a_second_start_continues_and_changes_nothing(checkpoint, preferences, tmp_path):
     cfg = settings("dpo", checkpoint, preferences)
     cfg["train"] |= {"steps": 2}
@@ -142,8 +158,15 @@ def test_a_checkpoint_of_another_run_is_refused(checkpoint, preferences, tmp_pat
 
 def test_the_command_reports_a_mistake_in_one_paragraph(tmp_path):
     """A real process: exit code 2, the key and its nearest neighbour, no traceback."""
-    command = [sys.executable, ROOT / "launch/train.py", "--config",
-               ROOT / "configs/ti2t/llava_dpo.py", "--config.optm.lr=1", "--workdir", tmp_path]
+    command = [
+        sys.executable,
+        ROOT / "launch/train.py",
+        "--config",
+        ROOT / "configs/ti2t/llava_dpo.py",
+        "--config.optm.lr=1",
+        "--workdir",
+        tmp_path,
+    ]
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, cwd=tmp_path,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},

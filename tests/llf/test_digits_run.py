@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from aa_jax.data import digits
 from aa_jax.data.sources import open_source
+from aa_jax.errors import ConfigError
 from aa_jax.llf import digits_run
 
 ROOT = Path(__file__).parents[2]
@@ -58,16 +59,17 @@ def untrained_answers(monkeypatch):
 
 
 def test_every_stage_writes_what_the_next_one_reads(tmp_path, untrained_answers, capsys):
-    found = digits_run.run(tmp_path, mesh={"data": 1, "fsdp": -1}, **TINY)
-    assert list(found) == ["tower", "pretrain", "sft", "collect", "feedback", "improve", "dpo",
-                           "evaluate", "report"]  # fmt: skip
+    found = digits_run.run(tmp_path, mesh={"data": 1, "fsdp": -1}, variants=("likeliest",), **TINY)
+    assert list(found) == ["tower", "pretrain", "sft", "collect", "feedback", "improve",
+                           "likeliest", "dpo", "evaluate", "report"]  # fmt: skip
     rows = open_source(str(tmp_path / "collect/preferences.parquet"))
     assert set(digits.preference_columns()) <= set(rows[0])
     assert found["dpo"]["pairs"] <= 16
     counts = found["improve"]
     assert counts["kept"] + counts["identical"] + counts["empty"] + counts["cut"] == 48
     result = found["evaluate"]
-    for row in ("initial", "binary", "llf", "improved_trained", "improved_untrained"):
+    for row in ("initial", "binary", "llf", "llf_likeliest", "improved_trained",
+                "improved_untrained"):  # fmt: skip
         estimate, low, high = result[row]["win_rate"]
         assert 0 <= low <= estimate <= high <= 1
         scores = json.loads((tmp_path / f"evaluate/scores/{row}.json").read_text())
@@ -86,6 +88,12 @@ def test_every_stage_writes_what_the_next_one_reads(tmp_path, untrained_answers,
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+def test_an_unknown_variant_is_refused_before_anything_runs(tmp_path):
+    with pytest.raises(ConfigError, match="'sharper'.*there are verified, likeliest"):
+        digits_run.run(tmp_path / "run", variants=("likeliest", "sharper"), **TINY)
+    assert not (tmp_path / "run").exists()
+
+
 SCRIPT = """
 import json, sys
 from aa_jax import platforms
@@ -96,11 +104,17 @@ digits_run.run(sys.argv[1], stage=sys.argv[2], **json.loads(sys.argv[3]))
 
 
 def start(folder, stage):
+    """The process; what it writes to stderr stands beside the folder."""
     command = [sys.executable, "-c", SCRIPT, str(folder), stage, json.dumps(TINY)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""},
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    with open(folder.with_suffix(".stderr"), "wb") as stderr:
+        return subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""},
+            stdout=subprocess.DEVNULL, stderr=stderr,
+        )  # fmt: skip
+
+
+def said(folder):
+    return folder.with_suffix(".stderr").read_text(errors="replace")[-2000:]
 
 
 @pytest.mark.slow
@@ -109,8 +123,7 @@ def test_sigkill_at_random_moments_changes_no_bit(tmp_path):
     names = ("tower", "pretrain", "sft")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for stage in names:
-        process = start(whole, stage)
-        assert process.wait() == 0, process.stderr.read().decode()[-2000:]
+        assert start(whole, stage).wait() == 0, said(whole)
     generator, kills = random.Random(0), 0
     for stage in names:
         while not (killed / stage / "done.json").exists():
@@ -121,9 +134,7 @@ def test_sigkill_at_random_moments_changes_no_bit(tmp_path):
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
                 kills += 1
-            elif process.returncode:
-                raise AssertionError(process.stderr.read().decode()[-2000:])
-            process.wait()
+            assert process.wait() in (0, -signal.SIGKILL), said(killed)
     assert kills >= 2
     for name in ("pretrain/model/model.safetensors", "sft/model/model.safetensors",
                  "sft/validation.jsonl"):  # fmt: skip

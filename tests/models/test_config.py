@@ -1,5 +1,6 @@
 """What config.json may hold: everything understood, inert, or refused by name."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from transformers import LlamaConfig
@@ -17,7 +18,7 @@ def test_all_problems_are_in_one_error(world):
             hidden_act="mish",
             qk_norm=True,
             num_hidden_layers=0,
-            rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+            rope_parameters={"rope_type": "proportional", "rope_theta": 1e4},
         ),
         vision=dict(use_head=True, patch_size=16),
         vision_feature_layer=[7, "x"],
@@ -34,7 +35,7 @@ def test_all_problems_are_in_one_error(world):
         "config.text_config.hidden_act is 'mish'; it must be one of gelu,",
         "config.text_config.qk_norm (= True) is not handled",
         "config.text_config.num_hidden_layers is 0; it must be a positive whole number",
-        "config.text_config.rope_parameters has rope_type 'dynamic'; handled are default, linear,",
+        "config.text_config.rope_parameters has rope_type 'proportional'; handled are default, dyn",
         "config.vision_config.use_head (= True) is not handled",
         "config.vision_config.patch_size = 16 is larger than the image",
         "config.vision_feature_layer names 7, but the tower has 3 layers",
@@ -63,6 +64,18 @@ def test_all_problems_are_in_one_error(world):
         (
             dict(rope_parameters={"rope_theta": 1e4, "long_factor": [1]}),
             "of type 'default' holds 'long_factor', which is not handled",
+        ),
+        (
+            dict(rope_parameters={"rope_type": "dynamic", "factor": 2.0}, head_dim=2),
+            "of type 'dynamic' needs heads of at least 4",
+        ),
+        (
+            dict(rope_scaling={"type": "longrope", "long_factor": [1, 2], "short_factor": [1]}),
+            "of type 'longrope' needs a list of 2 numbers as short_factor",
+        ),
+        (
+            dict(rope_parameters={"rope_theta": 1e4, "mrope_section": [1, 1]}),
+            "of type 'default' holds 'mrope_section', which is not handled",
         ),
         (dict(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel.*handled are LlamaForCausalLM"),
         (dict(architectures=None, model_type="gpt2"), "model_type 'gpt2'.*handled are Llama"),
@@ -125,12 +138,26 @@ ROPES = [
     {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16, "beta_slow": 2, "truncate": False},
     {"rope_type": "yarn", "factor": 8.0, "mscale": 1.0, "mscale_all_dim": 0.5},
     {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.25},
+    {"rope_type": "dynamic", "factor": 4.0},
+    {
+        "rope_type": "longrope",
+        "short_factor": [1.0 + 0.01 * i for i in range(64)],
+        "long_factor": [2.0 + 0.3 * i for i in range(64)],
+        "original_max_position_embeddings": 4096,
+    },
+    {
+        "rope_type": "longrope",
+        "short_factor": [1.5] * 64,
+        "long_factor": [4.0] * 64,
+        "attention_factor": 1.3,
+    },
 ]
 
 
-@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: "-".join(map(str, rope.values())))
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: "-".join(map(str, rope.values()))[:40])
 def test_frequencies_of_published_sizes(rope):
-    """Heads of 128 and context lengths of real releases, against transformers' tables."""
+    """Heads of 128 and context lengths of real releases, against transformers' tables; where a
+    row's length decides, for a short row, one at the border and a long one."""
     raw = {"max_position_embeddings": 16384, "rope_parameters": {"rope_theta": 5e5, **rope}}
     reference = LlamaConfig(hidden_size=1024, num_attention_heads=8, **raw)
     expected, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](reference)
@@ -139,3 +166,11 @@ def test_frequencies_of_published_sizes(rope):
     assert not reader.problems
     np.testing.assert_allclose(ours, expected.numpy(), rtol=2e-6)
     assert our_factor == pytest.approx(factor, rel=1e-6)
+    built = reader.rope(128, 16384)
+    if not built.by_length:
+        return
+    lengths = jnp.array([1, 4096, 16384, 16385, 60000], jnp.int32)
+    for length, row in zip(lengths, built.frequencies_at(lengths), strict=True):
+        expected, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](reference, seq_len=int(length))
+        np.testing.assert_allclose(row, expected.numpy(), rtol=5e-6, err_msg=str(length))
+        assert our_factor == pytest.approx(factor, rel=1e-6)

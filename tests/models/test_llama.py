@@ -38,13 +38,28 @@ CASES = {
         head_dim=6,
         rope_parameters=LLAMA3,
     ),
+    "dynamic rope beyond its context": dict(
+        max_position_embeddings=6,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0},
+    ),
+    "longrope beyond its context": dict(
+        max_position_embeddings=32,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 100.0,
+            "short_factor": [1.0, 1.5],
+            "long_factor": [2.0, 5.0],
+            "original_max_position_embeddings": 8,
+        },
+    ),
     "yarn rope, gelu": dict(rope_parameters=YARN, hidden_act="gelu", rms_norm_eps=1e-5),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_gradients(case, world, tmp_path):
-    batch = world.text_batch([9, 6, 1], 10)
+    # transformers takes the longest row's length for all rows of a batch, so there it is one row
+    batch = world.text_batch([9, 6, 1] if "beyond" not in case else [9], 10)
     world.assert_parity(world.llama_config(**CASES[case]), tmp_path, batch)
 
 
@@ -70,6 +85,19 @@ def test_logits_and_gradients_grid(kv_heads, tied, bias, rotary, world, tmp_path
         rope_parameters=rotary[1],
     )
     world.assert_parity(config, tmp_path, world.text_batch([9, 6, 1], 10))
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if "beyond" in name])
+def test_a_row_means_the_same_in_every_batch(case, world):
+    """Angles that depend on a row's length take its own, not the longest row's."""
+    model = models.build(world.llama_config(**CASES[case]))
+    params = jax.tree.map(lambda x: 5 * x, jax.jit(model.init)(jax.random.key(0)))
+    batch = world.text_batch([9, 6], 10)
+    alone = jax.tree.map(lambda x: x[1:], batch)
+    hidden = jax.jit(model.hidden_states)
+    np.testing.assert_allclose(
+        hidden(params, batch)[1, :6], hidden(params, alone)[0, :6], atol=1e-5
+    )
 
 
 def test_bfloat16_compute_stays_close(world, tmp_path):

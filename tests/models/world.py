@@ -18,6 +18,16 @@ PAD = 0
 
 CLASSES = {
     "LlamaForCausalLM": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "Qwen2ForCausalLM": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "Qwen3ForCausalLM": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "Qwen2VLForConditionalGeneration": (
+        transformers.Qwen2VLConfig,
+        transformers.Qwen2VLForConditionalGeneration,
+    ),
+    "Qwen2_5_VLForConditionalGeneration": (
+        transformers.Qwen2_5_VLConfig,
+        transformers.Qwen2_5_VLForConditionalGeneration,
+    ),
     "LlavaForConditionalGeneration": (
         transformers.LlavaConfig,
         transformers.LlavaForConditionalGeneration,
@@ -38,6 +48,15 @@ def llama_config(**changes):
         "max_position_embeddings": 64,
         **changes,
     }
+
+
+def qwen2_config(**changes):
+    return llama_config(**{"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **changes})
+
+
+def qwen3_config(**changes):
+    named = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 6}
+    return llama_config(**{**named, **changes})
 
 
 def llava_config(text=None, vision=None, **changes):

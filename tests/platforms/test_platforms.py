@@ -88,6 +88,31 @@ def test_start_sets_only_what_the_user_has_not(monkeypatch):
     assert os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.5"
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("variables", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "1000"}, False)]
+)
+def test_freed_memory_is_kept_unless_the_user_has_set_malloc(variables, kept):
+    """By the kernel's count of page faults: the second use of as large an array causes none."""
+    program = (
+        "import resource, numpy as np\n"
+        "from aa_jax.platforms.memory import keep_freed_memory\n"
+        "said = keep_freed_memory()\n"
+        "np.ones(1 << 23)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "np.ones(1 << 23)\n"
+        "faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "print(said, faults)\n"
+    )
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    out = subprocess.run(
+        [sys.executable, "-c", program], env=env | variables, check=True, capture_output=True
+    )
+    said, faults = out.stdout.decode().split()
+    assert said == str(kept)
+    assert int(faults) < 10 if kept else int(faults) > 20
+
+
 def test_start_errors(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="compilation cache .* cannot be created"):

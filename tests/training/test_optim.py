@@ -121,6 +121,29 @@ def run_sgd(params, steps, lr, **kwargs):
     return params, state
 
 
+def test_lr_scales_are_learning_rates_of_their_own():
+    """Decay included; the first glob that matches counts; bf16 masters too."""
+    params = {"policy": {"w": jnp.ones((3, 2))}, "critic": {"w": jnp.ones((3, 2)),
+              "b": {"w": jnp.ones((3, 2))}}}  # fmt: skip
+    grads = jax.tree.map(lambda p: p * 0.5, params)
+    options = dict(schedule="constant", warmup_steps=0, weight_decay=0.1, clip_norm=None)
+
+    def after(lr, **more):
+        tx, _ = make_optimizer(lr, 10, **options, **more)
+        here, state = params, tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(grads, state, here)
+            here = optax.apply_updates(here, updates)
+        return here
+
+    scaled = after(1e-2, lr_scales={"critic/b/*": 0.1, "critic/*": 0.5})
+    for got, lr in (
+        (scaled["policy"]["w"], 1e-2), (scaled["critic"]["w"], 5e-3),
+        (scaled["critic"]["b"]["w"], 1e-3),
+    ):  # fmt: skip
+        np.testing.assert_allclose(got, after(lr)["policy"]["w"], rtol=1e-6)
+
+
 def test_master_weights_keep_updates_smaller_than_bf16_rounding():
     params = {"a": {"kernel": jnp.ones((2, 2), jnp.bfloat16)}, "b": jnp.ones((2,), jnp.float32)}
     new, state = run_sgd(params, 500, 1e-3)

@@ -19,6 +19,7 @@ from aa_jax.models.layers import (
     scan_layers,
     stacked,
 )
+from aa_jax.sharding.rules import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +97,10 @@ class Block(nnx.Module):
         self.act = ACTIVATIONS[config.hidden_act]
 
     def __call__(self, x: Float[Array, "N P D"]) -> Float[Array, "N P D"]:
+        x = constrain(x, "batch", None, None)  # whole images stay on their row's device
         x = x + self.attn(self.attn_norm(x), None, None)[0]
-        return x + self.fc2(self.act(self.fc1(self.mlp_norm(x))))
+        x = x + self.fc2(self.act(self.fc1(self.mlp_norm(x))))
+        return constrain(x, "batch", None, None)
 
 
 class ClipVision(nnx.Module):

@@ -5,13 +5,13 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from aa_jax.errors import ModelError
 from aa_jax.models.clip.modeling import ClipVision, ClipVisionConfig
 from aa_jax.models.config import Reader
-from aa_jax.models.layers import ACTIVATIONS, Linear, place_features
-from aa_jax.models.llama.modeling import Batch, Cache, Llama, LlamaConfig
+from aa_jax.models.layers import ACTIVATIONS, Linear
+from aa_jax.models.llama.modeling import Llama, LlamaConfig
+from aa_jax.models.multimodal import Multimodal
 
 SUB_CONFIGS = {"text_config": ("llama",), "vision_config": ("clip_vision_model",)}
 
@@ -123,7 +123,7 @@ class Projector(nnx.Module):
         return self.linear_2(self.act(self.linear_1(x)))
 
 
-class Llava(nnx.Module):
+class Llava(Multimodal):
     """The family interface of `models.functional` for images and text."""
 
     def __init__(
@@ -134,10 +134,6 @@ class Llava(nnx.Module):
         self.projector = Projector(config, rngs=rngs, param_dtype=param_dtype)
         self.language_model = Llama(config.text, **kwargs)
         self.config, self.dtype = config, dtype
-
-    def head_weight(self) -> Float[Array, "V D"]:
-        """The output head, one row per token of the vocabulary."""
-        return self.language_model.head_weight()
 
     def tower_features(self, media: dict[str, Any]) -> Float[Array, "B I P Dv"]:
         """What the projector reads, one row of P vectors per image."""
@@ -158,36 +154,3 @@ class Llava(nnx.Module):
             x = self.tower_features(media)
         x = self.projector(x)
         return x.reshape(x.shape[0], -1, x.shape[-1])
-
-    def embed(self, batch: Batch, features: Float[Array, "B F D"] | None) -> Float[Array, "B T D"]:
-        """Token embeddings with the features put where their tokens stand."""
-        x = self.language_model.embed(batch["tokens"], self.dtype)
-        if features is None and "media" in batch:
-            features = self.encode_media(batch["media"])
-        if (features is None) != ("feature_index" not in batch):
-            raise ModelError(
-                "A batch with images needs both 'feature_index' and either 'media' or features; "
-                f"this one has {sorted(batch)} and features "
-                f"{'given' if features is not None else 'absent'}. Build it with "
-                "aa_jax.data.collate, or drop the images for a text-only batch."
-            )
-        if features is None:
-            return x
-        return place_features(x, features, batch["feature_index"])
-
-    def hidden_states(
-        self, batch: Batch, features: Float[Array, "B F D"] | None
-    ) -> Float[Array, "B T D"]:
-        """Family interface."""
-        x = self.embed(batch, features)
-        return self.language_model.run(x, batch["positions"], batch["intervals"])
-
-    def prefill(
-        self, batch: Batch, cache_size: int, features: Float[Array, "B F D"] | None
-    ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Family interface."""
-        return self.language_model.run_prefill(self.embed(batch, features), batch, cache_size)
-
-    def decode(self, tokens: Int[Array, "B"], cache: Cache) -> tuple[Float[Array, "B D"], Cache]:
-        """Family interface."""
-        return self.language_model.decode(tokens, cache)

@@ -1,7 +1,7 @@
 """LLaVA's name map: the parts' own maps under its roots, and the layouts seen on disk."""
 
 from aa_jax.models.clip import params as clip
-from aa_jax.models.llama import params as llama
+from aa_jax.models.decoder_names import decoder_names
 from aa_jax.models.llava.modeling import LlavaConfig
 from aa_jax.models.names import SAME, TRANSPOSE, Names, Rule
 
@@ -25,7 +25,7 @@ LAYOUTS = (
 def names(config: LlavaConfig) -> Names:
     """The whole model's map."""
     tower = clip.names(config.vision).under("vision_tower.vision_model.", "vision_tower/")
-    decoder = llama.NAMES.under("language_model.", "language_model/")
+    decoder = decoder_names(config.text).under("language_model.", "language_model/")
     projector = tuple(rule.under("multi_modal_projector.", "projector/") for rule in PROJECTOR)
     return Names(
         rules=tower.rules + projector + decoder.rules,

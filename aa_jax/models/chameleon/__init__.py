@@ -1,0 +1,1 @@
+"""Chameleon: config.json's `ChameleonForConditionalGeneration`, and its VQGAN image tokenizer."""

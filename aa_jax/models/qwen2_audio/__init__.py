@@ -1,0 +1,1 @@
+"""Qwen2-Audio: config.json's `Qwen2AudioForConditionalGeneration`."""

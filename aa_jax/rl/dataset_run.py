@@ -1,0 +1,115 @@
+"""Reinforcement learning on prompts and a checkpoint of your own, against a reward model."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aa_jax import models, report
+from aa_jax.data.processor import Processor
+from aa_jax.errors import ConfigError
+from aa_jax.models import heads
+from aa_jax.rl.algorithms import find_algorithm
+from aa_jax.rl.learned import RewardModel
+from aa_jax.rl.train import train
+from aa_jax.runs import load_dataset
+from aa_jax.sharding import make_mesh, shardings
+from aa_jax.training.metrics import read_metrics, series
+
+
+def run(
+    workdir: str | Path,
+    *,
+    algorithm: str,
+    model: Mapping[str, Any],
+    prompts: Mapping[str, Any],
+    reward: Mapping[str, Any],
+    rollout: Mapping[str, int],
+    sampling: Mapping[str, Any],
+    optim: Mapping[str, Any],
+    critic: Mapping[str, Any] | None = None,
+    kl: Mapping[str, Any] | None = None,
+    objective: Mapping[str, Any] | None = None,
+    estimator: Mapping[str, Any] | None = None,
+    frozen: Sequence[str] = (),
+    accumulation: int = 1,
+    checkpoint_every: int | None = None,
+    mesh: Mapping[str, int] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Trains a policy and writes `workdir/model` and `workdir/report.html`.
+
+    Args:
+      workdir: run directory; the same command again continues.
+      algorithm: a key of `aa_jax.rl.algorithms.ALGORITHMS`.
+      model: `path` of the policy's Hugging Face folder, and options of `models.load`.
+      prompts: keyword arguments of `runs.load_dataset`.
+      reward: `path` of a score model (as `launch/train.py` writes it with the recipe "reward"),
+        and options of `RewardModel` (batch_rows, dtype). Its tokenizer may be another one.
+      rollout: keyword arguments of `aa_jax.rl.rollouts.Plan`.
+      sampling: `max_new_tokens`, `batch_rows`, `temperature`, `top_p`, `top_k`.
+      optim: keyword arguments of `make_optimizer`; `lr` is required.
+      critic: for algorithms that have one: `path` of the score model it starts from (null: the
+        policy's backbone and a new head) and `lr_scale`, its learning rate over the policy's.
+      kl: `coef`, `target`, `gain`, see `aa_jax.rl.algorithms.Controller`.
+      objective: options of the loss.
+      estimator: options of the advantage estimator.
+      frozen: path globs of parameters that do not train, in policy and critic.
+      accumulation: micro-batches an update is computed in.
+      checkpoint_every: updates between checkpoints.
+      mesh: sizes for `make_mesh`; default: all devices over data.
+      seed: of prompts, samples and minibatches.
+
+    Returns:
+      Figures of the run.
+
+    Raises:
+      ConfigError: a critic for an algorithm without one.
+    """
+    workdir = Path(workdir)
+    kind = find_algorithm(algorithm)
+    chosen = dict(critic or {})
+    if chosen and not kind.critic:
+        raise ConfigError(f"{algorithm} has no critic: leave the critic section out.")
+    devices = make_mesh(**(mesh or {}))
+    options = dict(model)
+    path = options.pop("path")
+
+    def place(m: models.Model) -> Any:
+        return shardings(m.axes(), m.abstract(), devices)
+
+    built, params = models.load(path, shardings=place, **options)
+    processor = Processor.from_pretrained(path)
+    judge = dict(reward)
+    start = None
+    if chosen.get("path"):
+        start = heads.load(chosen["path"], shardings=place, **options)
+    final, figures = train(
+        algorithm, model=built, params=params, processor=processor,
+        prompts=load_dataset("prompt", processor, **prompts),
+        reward=RewardModel(judge.pop("path"), mesh=devices, **judge),
+        workdir=workdir, mesh=devices, rollout=rollout, sampling=sampling, optim=optim,
+        critic=start, critic_lr_scale=chosen.get("lr_scale", 1.0), kl=kl, objective=objective,
+        estimator=estimator, frozen=frozen, accumulation=accumulation, seed=seed,
+        checkpoint_every=checkpoint_every,
+    )  # fmt: skip
+    models.save(workdir / "model", built, final, extra_files_from=path, overwrite=True)
+    write_report(workdir, f"{algorithm}: {Path(path).name}", figures)
+    return figures
+
+
+def write_report(workdir: Path, title: str, figures: Mapping[str, Any]) -> Path:
+    """report.html with the curves of the rollouts and of the updates."""
+    charts = []
+    hidden = {"stage", "step", "time", "nonfinite", "step_seconds", "data_seconds",
+              "compute_seconds", "skipped", "loss_gap"}  # fmt: skip
+    for stage, per in (("rl.rollout", "iteration"), ("rl", "update")):
+        rows = read_metrics(workdir, stage=stage)
+        for name in sorted({name for line in rows for name in line} - hidden):
+            line = series(rows, name)
+            if len(line[1]):
+                charts.append(report.Curves(f"{name} per {per}", {name: line}))
+    return report.write_report(
+        workdir, title,
+        [report.KeyValues("This run", dict(figures)), report.Grid("Curves", charts)],
+        wall_seconds=figures["seconds"],
+    )  # fmt: skip

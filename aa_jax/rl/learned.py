@@ -1,0 +1,86 @@
+"""A learned reward: a score model that reads prompt and response in its own tokens."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from aa_jax.data.collate import Shapes, collate, plan_shapes
+from aa_jax.data.example import Example, InvalidRow
+from aa_jax.data.processor import Processor
+from aa_jax.data.tokens import encode_example
+from aa_jax.models import heads
+from aa_jax.rewards.base import Request, Result
+from aa_jax.sharding import batch_devices, pad_rows, put_batch, shardings
+
+
+class RewardModel:
+    """Scores responses with a model that `heads.save` wrote.
+
+    Args:
+      folder: the score model, with its own tokenizer and chat template.
+      mesh: device mesh.
+      batch_rows: responses scored at once.
+      dtype: compute type.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        mesh: jax.sharding.Mesh,
+        batch_rows: int = 64,
+        dtype: str = "float32",
+    ):
+        self.model, self.params = heads.load(
+            folder, dtype=dtype, shardings=lambda m: shardings(m.axes(), m.abstract(), mesh)
+        )
+        self.processor = Processor.from_pretrained(folder)
+        self.mesh, self.batch_rows = mesh, batch_rows
+        self._score = jax.jit(lambda params, batch: heads.score(self.model, params, batch)[:, 0])
+        self._shapes: Shapes | None = None
+
+    def __call__(self, requests: Sequence[Request]) -> list[Result]:
+        """One score per response. An empty one gets the lowest score of its batch: it is the
+        policy's doing, so it must not be masked."""
+        values = self.scores([r.example for r in requests], [r.response for r in requests])
+        return [Result(float(value)) for value in values]
+
+    def scores(self, prompts: Sequence[Example], texts: Sequence[str]) -> np.ndarray:
+        """[N] float32; an empty text gets the lowest score of the others (0 if there is none)."""
+        encoded, rows = [], []
+        for index, text in enumerate(texts):
+            try:
+                one = prompts[index].replace(responses=(text,))
+                encoded.append(encode_example(one, self.processor))
+                rows.append(index)
+            except InvalidRow as error:
+                if error.reason != "empty response":
+                    raise
+        found = np.full(len(texts), np.nan, np.float32)
+        found[rows] = self._scores(encoded) if encoded else []
+        lowest = np.nanmin(found) if encoded else np.float32(0)
+        return np.where(np.isnan(found), lowest, found).astype(np.float32)
+
+    def _scores(self, encoded: Sequence) -> np.ndarray:
+        needed = plan_shapes(encoded, "supervised", multiple_of=16)
+        known = self._shapes
+        if known is None or needed.length > known.length or needed.images != known.images:
+            self._shapes = needed  # a new shape compiles again; lengths settle soon
+        shapes = Shapes(self._shapes.length, self._shapes.length, *_image(self._shapes))
+        out = []
+        for start in range(0, len(encoded), self.batch_rows):
+            some = encoded[start : start + self.batch_rows]
+            batch = collate(
+                some, shapes, "supervised", batch_rows=self.batch_rows,
+                pad_id=self.processor.pad_id,
+            )  # fmt: skip
+            batch = pad_rows(batch, batch_devices(self.mesh))
+            out.append(
+                np.asarray(self._score(self.params, put_batch(batch, self.mesh)))[: len(some)]
+            )
+        return np.concatenate(out)
+
+
+def _image(shapes: Shapes) -> tuple:
+    return shapes.images, shapes.image_size

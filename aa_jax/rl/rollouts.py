@@ -1,0 +1,313 @@
+"""On-policy data: the iterator of batches whose responses the current policy has written itself.
+
+One iteration: take prompts, sample G responses to each, pay rewards, score every token under the
+policy that sampled it (and the reference, and the critic), estimate advantages; then hand out
+minibatches for several epochs, and begin again with the policy as it is by then.
+
+The training loop gives the current parameters (`set_params`) before it asks for a batch, and keeps
+this iterator's state in its checkpoints: a killed run continues in the middle of an iteration with
+the responses it had, bit for bit.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from aa_jax.data.collate import Batch, collate
+from aa_jax.data.tokens import Encoded
+from aa_jax.errors import ConfigError, DataError
+from aa_jax.rewards.base import Request, Reward, Scores, evaluate
+from aa_jax.rl.actor import Actor, Sample, with_responses
+from aa_jax.rl.estimators import Experience
+from aa_jax.training.metrics import MetricWriter
+
+log = logging.getLogger(__name__)
+
+# Sampler and trainer run the same mathematics in another order. More than this apart means that
+# one of them reads other weights, positions or media.
+_LOGP_GAP = 1e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How much of everything.
+
+    Attributes:
+      prompts: per iteration.
+      samples: G, responses per prompt.
+      epochs: passes over an iteration's responses.
+      minibatches: updates per pass; divides `prompts`.
+      iterations: how often to begin anew.
+    """
+
+    prompts: int
+    samples: int = 1
+    epochs: int = 1
+    minibatches: int = 1
+    iterations: int = 100
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ConfigError(
+                    f"rollout.{field.name} is {getattr(self, field.name)}; at least 1."
+                )
+        if self.prompts % self.minibatches:
+            raise ConfigError(
+                f"rollout.prompts = {self.prompts} cannot be cut into rollout.minibatches = "
+                f"{self.minibatches} equal parts; choose a divisor."
+            )
+
+    @property
+    def updates(self) -> int:
+        """Updates of the whole run."""
+        return self.iterations * self.epochs * self.minibatches
+
+
+class Rollouts(Iterator[Batch]):
+    """See the module's docstring.
+
+    Args:
+      prompts: encoded prompts by random access.
+      sources: the same prompts as Examples, as the reward wants to see them.
+      actor: samples and scores.
+      reward: see `aa_jax.rewards`; a request's prompt is the Example, its reference the prompt's
+        meta["reference"].
+      estimator: `Experience -> arrays`, see `rl.estimators`.
+      plan: sizes.
+      seed: of the order of prompts, the samples and the minibatches.
+      policy: takes the policy's parameters out of the trained ones.
+      critic: takes the critic's, or None.
+      reference: parameters of the reference, or None.
+      controller: KL price: has `coef` and `update(kl, tokens)`; None: `kl_coef` 0.
+      score_rows: prompts scored at once.
+      writer: opens a `MetricWriter` for the figures of every iteration.
+      watch: called with (iteration, prompts' indices, texts [P][G], values [P, G]).
+    """
+
+    def __init__(
+        self,
+        *,
+        prompts: Sequence[Encoded],
+        sources: Sequence[Any],
+        actor: Actor,
+        reward: Reward,
+        estimator: Callable[[Experience], Mapping[str, np.ndarray]],
+        plan: Plan,
+        seed: int,
+        policy: Callable[[Any], Any] = lambda params: params,
+        critic: Callable[[Any], Any] | None = None,
+        reference: Any = None,
+        controller: Any = None,
+        score_rows: int = 16,
+        writer: Callable[[], MetricWriter] | None = None,
+        watch: Callable[[int, list[int], list[list[str]], np.ndarray], None] | None = None,
+    ):
+        if not len(prompts):
+            raise DataError("there are no prompts to answer.")
+        self.prompts, self.sources, self.actor, self.reward = prompts, sources, actor, reward
+        self.estimator, self.plan, self.seed = estimator, plan, seed
+        self._policy, self._critic, self._reference = policy, critic, reference
+        self._controller, self._score_rows = controller, score_rows
+        self._open_writer, self._watch = writer, watch
+        self._writer: MetricWriter | None = None
+        shapes = actor.prompt_shapes
+        self._shapes = dataclasses.replace(
+            shapes,
+            length=shapes.length + plan.samples * actor.max_new_tokens,
+            response_length=actor.max_new_tokens,
+            sequences=plan.samples,
+        )
+        self._params: Any = None
+        self._iteration, self._cursor = 0, 0
+        self._buffer: Batch | None = None
+        self.figures: dict[str, float] = {}
+
+    # ------------------------------------------------------------------ what the loop calls
+
+    def set_params(self, params: Any) -> None:
+        """The trained parameters as they are now; read only until the next batch is returned."""
+        self._params = params
+
+    def __next__(self) -> Batch:
+        if self._buffer is None:
+            if self._iteration == self.plan.iterations:
+                raise StopIteration
+            self._buffer = self._collect()
+            self._cursor = 0
+        batch = self._minibatch(self._cursor)
+        self._cursor += 1
+        if self._cursor == self.plan.epochs * self.plan.minibatches:
+            self._buffer, self._iteration = None, self._iteration + 1
+        self._params = None
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON-able, with the responses of the iteration in progress."""
+        buffer = None
+        if self._buffer is not None:  # media are read again: they would fill the checkpoint
+            buffer = {k: np.asarray(v) for k, v in self._buffer.items() if k != "media"}
+        return {
+            "iteration": self._iteration, "cursor": self._cursor, "buffer": buffer,
+            "kl_coef": None if self._controller is None else self._controller.coef,
+            "seed": self.seed, "plan": dataclasses.asdict(self.plan),
+        }  # fmt: skip
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continues where `get_state` was called.
+
+        Raises:
+          DataError: the state is of another plan or seed.
+        """
+        here = {"seed": self.seed, "plan": dataclasses.asdict(self.plan)}
+        if changed := [key for key, value in here.items() if state[key] != value]:
+            raise DataError(
+                f"the saved rollouts were made with another {' and '.join(changed)}: "
+                f"{ {k: state[k] for k in changed} } there, { {k: here[k] for k in changed} } here."
+            )
+        self._iteration, self._cursor = state["iteration"], state["cursor"]
+        if self._open_writer is not None:
+            with self._open_writer() as writer:
+                writer.rewind(self._iteration - (state["buffer"] is None))
+        self._buffer = None
+        if state["buffer"] is not None:
+            self._buffer = dict(state["buffer"])
+            encoded = [self.prompts[i] for i in self._chosen()]
+            again = collate(encoded, self.actor.prompt_shapes, "prompt")
+            self._buffer |= {k: v for k, v in again.items() if k == "media"}
+        if self._controller is not None:
+            self._controller.coef = state["kl_coef"]
+
+    def close(self) -> None:
+        """Closes the metrics."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def policy_of(self, params: Any) -> Any:
+        """The policy's part of the trained parameters."""
+        return self._policy(params)
+
+    # ------------------------------------------------------------------ one iteration
+
+    def _generator(self, *use: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, self._iteration, *use])
+
+    def _chosen(self) -> list[int]:
+        """Prompts of this iteration: every prompt once per pass over them, in a new order."""
+        first = self._iteration * self.plan.prompts
+        chosen = []
+        for i in range(first, first + self.plan.prompts):
+            epoch, at = divmod(i, len(self.prompts))
+            order = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.prompts))
+            chosen.append(int(order[at]))
+        return chosen
+
+    def _collect(self) -> Batch:
+        plan, actor = self.plan, self.actor
+        params = self._policy(self._params)
+        indices = self._chosen()
+        encoded = [self.prompts[i] for i in indices]
+        seeds = self._generator(2).integers(0, 2**32, (plan.prompts, plan.samples), np.uint32)
+        repeated = [item for item in encoded for _ in range(plan.samples)]
+        flat = actor.respond(params, repeated, seeds.reshape(-1))
+        samples = [flat[i : i + plan.samples] for i in range(0, len(flat), plan.samples)]
+        texts = [[actor.text(sample) for sample in group] for group in samples]
+        scores = self._pay(indices, texts, samples)
+        valid = scores.valid.reshape(plan.prompts, plan.samples)
+        rewards = scores.values.reshape(valid.shape)
+        batch = collate(
+            [with_responses(*pair) for pair in zip(encoded, samples, strict=True)],
+            self._shapes, "group", pad_id=actor.processor.pad_id,
+        )  # fmt: skip
+        # A response without a usable reward teaches nothing, and is not counted as a token either.
+        batch["sequence_mask"] = batch["sequence_mask"] * valid.astype(np.float32)
+        mask = batch["loss_mask"] * batch["sequence_mask"][..., None]
+        logps = actor.logps(params, batch, self._score_rows)
+        gap = self._check_logps(samples, logps)
+        reference = values = None
+        if self._reference is not None:
+            reference = actor.logps(self._reference, batch, self._score_rows)
+        if self._critic is not None:
+            values = actor.values(self._critic(self._params), batch, self._score_rows)
+        coef = 0.0 if self._controller is None else float(self._controller.coef)
+        experience = Experience(
+            np.where(valid, rewards, 0.0).astype(np.float32), valid.astype(np.float32), logps,
+            reference, values, mask.astype(np.float32), coef,
+        )  # fmt: skip
+        batch |= self.estimator(experience)
+        batch["old_logps"] = logps
+        if reference is not None:
+            batch["ref_token_logps"] = reference
+        batch["loss_mask"] = mask.astype(np.float32)
+        self.figures = self._figures(experience, samples, gap) | scores.figures()
+        if self._controller is not None and reference is not None:
+            self._controller.update(self.figures["kl"], int(mask.sum()))
+        if self._open_writer is not None:
+            # Not earlier: the loop's own writer cuts the shared file to size when it starts.
+            self._writer = self._writer or self._open_writer()
+            self._writer.write(self._iteration, self.figures)
+        if self._watch is not None:
+            self._watch(self._iteration, indices, texts, rewards)
+        return batch
+
+    def _pay(self, indices: Sequence[int], texts: Sequence[Sequence[str]], samples: Any) -> Scores:
+        requests = []
+        for index, group, answers in zip(indices, texts, samples, strict=True):
+            prompt = self.sources[index]
+            for text, sample in zip(group, answers, strict=True):
+                meta = {
+                    **prompt.meta, "response_tokens": len(sample.tokens),
+                    "finished": sample.finished,
+                }  # fmt: skip
+                requests.append(Request(prompt, text, prompt.meta.get("reference"), meta))
+        return evaluate(self.reward, requests)
+
+    def _check_logps(self, samples: Sequence[Sequence[Sample]], logps: np.ndarray) -> float:
+        """Largest difference between the sampler's and the trainer's log-prob of a token."""
+        gap = 0.0
+        for row, group in enumerate(samples):
+            for s, sample in enumerate(group):
+                here = logps[row, s, : len(sample.logps)]
+                gap = max(gap, float(np.max(np.abs(here - sample.logps), initial=0.0)))
+        if not gap < _LOGP_GAP:  # catches NaN
+            log.warning(
+                "iteration %d: sampler and trainer disagree by %.3g nats on a token's log-prob. "
+                "In low precision that may be rounding; otherwise they see different inputs.",
+                self._iteration, gap,
+            )  # fmt: skip
+        return gap
+
+    def _figures(
+        self,
+        experience: Experience,
+        samples: Sequence[Sequence[Sample]],
+        gap: float,
+    ) -> dict[str, float]:
+        valid = experience.valid > 0
+        lengths = np.array([[len(s.tokens) for s in group] for group in samples])
+        cut = np.array([[not s.finished for s in group] for group in samples])
+        within = np.where(valid, experience.rewards, np.nan)
+        same = [np.nanmax(row) == np.nanmin(row) for row in within if np.isfinite(row).any()]
+        figures = {
+            "response_length": float(lengths.mean()),
+            "cut": float(cut.mean()),
+            "sampler_gap": gap,
+        }
+        if self.plan.samples > 1 and same:
+            figures["equal_groups"] = float(np.mean(same))  # these teach a group method nothing
+        if experience.ref_logps is not None:
+            d = (experience.logps - experience.ref_logps) * experience.mask
+            figures["kl"] = float(d.sum() / max(valid.sum(), 1))
+            figures["kl_coef"] = experience.kl_coef
+        return figures
+
+    def _minibatch(self, cursor: int) -> Batch:
+        epoch, part = divmod(cursor, self.plan.minibatches)
+        size = self.plan.prompts // self.plan.minibatches
+        order = self._generator(3, epoch).permutation(self.plan.prompts)
+        rows = order[part * size : (part + 1) * size]
+        return jax.tree.map(lambda x: np.asarray(x)[rows], self._buffer)

@@ -1,0 +1,205 @@
+"""Trains a policy by reinforcement learning: rollouts into the one training loop."""
+
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from aa_jax.data.collate import plan_shapes
+from aa_jax.data.encoded import EncodedExamples
+from aa_jax.data.example import Example
+from aa_jax.data.processor import Processor
+from aa_jax.data.tokens import Limits
+from aa_jax.errors import ConfigError
+from aa_jax.models import Model, heads
+from aa_jax.rewards.base import Reward
+from aa_jax.rl import objectives
+from aa_jax.rl.actor import Actor
+from aa_jax.rl.algorithms import Algorithm, Controller, find_algorithm
+from aa_jax.rl.estimators import Experience, find_estimator
+from aa_jax.rl.rollouts import Plan, Rollouts
+from aa_jax.sharding import shardings
+from aa_jax.training.loop import fit
+from aa_jax.training.metrics import MetricWriter
+from aa_jax.training.optim import make_optimizer
+from aa_jax.training.state import init_state
+from aa_jax.training.step import make_step
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    algorithm: str,
+    *,
+    model: Model,
+    params: Mapping[str, Any],
+    processor: Processor,
+    prompts: Any,
+    reward: Reward,
+    workdir: str | Path,
+    mesh: jax.sharding.Mesh,
+    rollout: Mapping[str, Any],
+    sampling: Mapping[str, Any],
+    optim: Mapping[str, Any],
+    critic: tuple[Model, Mapping[str, Any]] | None = None,
+    critic_lr_scale: float = 1.0,
+    reference: Mapping[str, Any] | None = None,
+    kl: Mapping[str, Any] | None = None,
+    objective: Mapping[str, Any] | None = None,
+    estimator: Mapping[str, Any] | None = None,
+    frozen: Sequence[str] = (),
+    accumulation: int = 1,
+    seed: int = 0,
+    stage: str = "rl",
+    limits: Mapping[str, Any] | None = None,
+    checkpoint_every: int | None = None,
+    evaluate: Callable[[Mapping[str, Any], int], Mapping[str, float]] | None = None,
+    eval_every: int | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Trains a policy; called again with the same `workdir` it continues, bit for bit.
+
+    Args:
+      algorithm: a key of `aa_jax.rl.algorithms.ALGORITHMS`.
+      model: the policy's architecture.
+      params: its initial parameters; also the reference, unless one is given.
+      processor: the policy's.
+      prompts: prompt-only Examples, or a `Dataset` of the task "prompt"; by random access.
+      reward: see `aa_jax.rewards`: requests in, one value each out.
+      workdir: run directory.
+      mesh: device mesh.
+      rollout: keyword arguments of `Plan`.
+      sampling: `max_new_tokens`, and options of `Actor` (batch_rows, temperature, top_p, top_k).
+      optim: keyword arguments of `make_optimizer`; `lr` is required.
+      critic: model and parameters of a score model the critic starts from; default for algorithms
+        that have one: the policy's backbone with a new head.
+      critic_lr_scale: the critic's learning rate as a multiple of the policy's.
+      reference: parameters of the reference.
+      kl: keyword arguments of `Controller` (coef, target, gain) for algorithms that pay the KL in
+        the reward; others take ``objective={"kl_coef": ...}``.
+      objective: options of the loss (clip_low, kl_coef, entropy_coef, value_clip, ...).
+      estimator: options of the advantage estimator (gamma, lam, whiten, scale, ...).
+      frozen: path globs of parameters that do not train, in policy and critic.
+      accumulation: micro-batches an update is computed in.
+      seed: of prompts, samples and minibatches.
+      stage: name of this training in the run directory.
+      limits: keyword arguments of `Limits`.
+      checkpoint_every: updates between checkpoints.
+      evaluate: `(policy parameters, step) -> figures`, logged as "eval/...".
+      eval_every: updates between evaluations; they also run at the end.
+      config: of the run, kept in the checkpoint.
+
+    Returns:
+      The policy's final parameters, and `prompts`, `dropped`, `updates`, `seconds`.
+
+    Raises:
+      ConfigError: unknown algorithm or option, or too few samples per prompt.
+      DataError: no usable prompt.
+    """
+    started = time.perf_counter()
+    row = find_algorithm(algorithm)
+    plan = Plan(**rollout)
+    _check(row, algorithm, plan, kl, objective)
+    data = prompts
+    if not hasattr(prompts, "sizes"):
+        data = EncodedExamples(prompts, processor, Limits(**(limits or {})))
+    sampling = dict(sampling)
+    new = sampling.pop("max_new_tokens")
+    actor = Actor(
+        model, processor, mesh, prompt=plan_shapes(data.sizes, "prompt"), max_new_tokens=new,
+        **sampling,
+    )  # fmt: skip
+    options = {"temperature": actor.temperature, "loss": row.loss}
+    if row.loss == "dr_grpo":
+        options["budget"] = float(new)
+    objectives.check_options(objective or {}, options)
+    options |= objective or {}
+    axes: Any = model.axes()
+    start: Any = params
+    if row.critic:
+        backbone, critic_params = critic or (model, _new_critic(model, params, seed))
+        start = {"policy": params, "critic": critic_params}
+        axes = {"policy": axes, "critic": heads.axes(backbone)}
+        frozen = [f"{side}/{glob}" for side in ("policy", "critic/model") for glob in frozen]
+        loss = objectives.actor_critic(model, backbone, **options)
+    else:
+        loss = objectives.policy(model, **options)
+    priced = row.kl == "reward" or bool(options.get("kl_coef", row.loss == "grpo"))
+    estimate = find_estimator(row.estimator)
+    estimator_options = {**row.estimator_options, **(estimator or {})}
+
+    def estimated(experience: Experience) -> Mapping[str, np.ndarray]:
+        return estimate(experience, **estimator_options)
+
+    scales = {"critic/*": critic_lr_scale} if row.critic and critic_lr_scale != 1 else None
+    tx, schedule = make_optimizer(total_steps=plan.updates, lr_scales=scales, **optim)
+    rollouts = Rollouts(
+        prompts=data, sources=_Examples(data), actor=actor, reward=reward, estimator=estimated,
+        plan=plan, seed=seed,
+        policy=(lambda p: p["policy"]) if row.critic else (lambda p: p),
+        critic=(lambda p: p["critic"]) if row.critic else None,
+        reference=(params if reference is None else reference) if priced else None,
+        controller=Controller(**(kl or {})) if row.kl == "reward" else None,
+        writer=functools.partial(MetricWriter, workdir, f"{stage}.rollout"),
+    )  # fmt: skip
+    places = shardings(axes, jax.eval_shape(lambda: start), mesh)
+
+    def evaluated(state: Mapping[str, Any], step: int) -> Mapping[str, float]:
+        return evaluate(rollouts.policy_of(state["params"]), step)
+
+    with contextlib.closing(rollouts):
+        state = fit(
+            step=make_step(
+                loss, tx, mesh=mesh, schedule=schedule, frozen=frozen, accumulation=accumulation
+            ),
+            state=init_state(start, tx, mesh=mesh, shardings=places, frozen=frozen, seed=seed),
+            batches=rollouts, total_steps=plan.updates, workdir=workdir, stage=stage,
+            checkpoint_every=checkpoint_every, log_every=plan.epochs * plan.minibatches,
+            evaluate=evaluated if evaluate else None, eval_every=eval_every, config=config,
+        )  # fmt: skip
+    figures = {
+        "prompts": len(data), "dropped": dict(data.report.dropped), "updates": int(state["step"]),
+        "seconds": time.perf_counter() - started,
+    }  # fmt: skip
+    return rollouts.policy_of(state["params"]), figures
+
+
+def _check(row: Algorithm, name: str, plan: Plan, kl: Any, objective: Any) -> None:
+    if plan.samples < row.samples:
+        raise ConfigError(
+            f"{name} compares responses to one prompt with each other: rollout.samples is "
+            f"{plan.samples}, give at least {row.samples}."
+        )
+    if kl and row.kl != "reward":
+        raise ConfigError(
+            f"{name} has the KL in its loss: set objective.kl_coef instead of the kl section."
+        )
+    if row.kl == "reward" and (objective or {}).get("kl_coef"):
+        raise ConfigError(
+            f"{name} pays the KL in the reward: set kl.coef instead of objective.kl_coef."
+        )
+
+
+def _new_critic(model: Model, params: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """The policy's backbone with a head of zeros: first values are 0, not noise."""
+    head = heads.init_score_head(model, jax.random.key(seed))
+    return {"model": dict(params), "score_head": jax.tree.map(np.zeros_like, head)}
+
+
+class _Examples(Sequence):
+    """The prompts behind encoded ones, as the reward wants to see them."""
+
+    def __init__(self, data: Any):
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._data.example(index)

@@ -1,0 +1,285 @@
+"""FlashAttention with two key intervals per query as Mosaic kernels for TPUs.
+
+Three kernels (Dao, "FlashAttention-2", 2023, algorithms 1 and 2): forward over (query tile, key
+tile), the gradient of the queries likewise, and the gradient of keys and values over (key tile,
+query head of the group and query tile), so that nothing is accumulated in memory. A table of the
+tiles in which anything is visible is computed beforehand; the others fetch and compute nothing.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from aa_jax.kernels.attention import tile
+from aa_jax.kernels.attention.intervals import nonempty
+from aa_jax.kernels.attention.intervals import visible as dense
+
+
+class Sizes(NamedTuple):
+    """Tile sizes, multiples of 128: queries and keys."""
+
+    queries: int = 512
+    keys: int = 512
+
+
+SIZES = Sizes()
+
+
+def attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    intervals: Int[Array, "_ T 4"] | None,
+    scale: float,
+    sizes: Sizes = SIZES,
+    interpret=False,
+) -> Float[Array, "B T H D"]:
+    """See `aa_jax.kernels.attention.api.attention`; ``interpret`` as in ``pallas_call``."""
+    queries, keys = q.shape[1], k.shape[1]
+    tiles = Sizes(_fit(sizes.queries, queries), _fit(sizes.keys, keys))
+    if intervals is None:
+        intervals = jnp.tile(jnp.array([0, 0, 0, keys], jnp.int32), (1, queries, 1))
+    # 0 * NaN is NaN: what nobody sees is removed before it can meet a zero.
+    seen = dense(intervals, keys).any(1)[:, :, None, None]
+    q = jnp.where(nonempty(intervals)[:, :, None, None], q, 0)
+    k, v = jnp.where(seen, k, 0), jnp.where(seen, v, 0)
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    q, intervals = _pad(q, 2, tiles.queries), _pad(intervals, 1, tiles.queries)
+    k, v = _pad(k, 2, tiles.keys), _pad(v, 2, tiles.keys)
+    out = _attention(q, k, v, intervals, scale, tiles, interpret)
+    return out[:, :, :queries].transpose(0, 2, 1, 3)
+
+
+def _fit(most, length):
+    return min(most, -(-length // 128) * 128)
+
+
+def _pad(x, axis, multiple):
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = 0, -x.shape[axis] % multiple
+    return jnp.pad(x, widths)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _attention(q, k, v, intervals, scale, tiles, interpret):
+    return _fwd(q, k, v, intervals, scale, tiles, interpret)[0]
+
+
+def _fwd(q, k, v, intervals, scale, tiles, interpret):
+    plan = _Plan(q, k, intervals, tiles)
+    out, lse = plan.call(
+        functools.partial(_forward_kernel, scale=scale),
+        "attention_forward",
+        inputs=[(q, "q"), (k, "k"), (v, "k"), (plan.intervals, "i")],
+        outputs=[(q, "q"), (plan.row, "r")],
+        scratch=[(1, tiles.queries), (1, tiles.queries), (q.shape[3], tiles.queries)],
+        interpret=interpret,
+    )
+    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+    return out, (q, k, v, intervals, out, lse)
+
+
+def _bwd(scale, tiles, interpret, residuals, dout):
+    q, k, v, intervals, out, lse = residuals
+    plan = _Plan(q, k, intervals, tiles)
+    dout = jnp.where(nonempty(intervals)[:, None, :, None], dout, 0)
+    delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)[:, :, None]
+    inputs = [
+        (q, "q"), (k, "k"), (v, "k"), (dout, "q"), (lse, "r"), (delta, "r"), (plan.intervals, "i"),
+    ]  # fmt: skip
+    (dq,) = plan.call(
+        functools.partial(_dq_kernel, scale=scale),
+        "attention_dq",
+        inputs=inputs,
+        outputs=[(q, "q")],
+        scratch=[(tiles.queries, q.shape[3])],
+        interpret=interpret,
+    )
+    dk, dv = plan.call(
+        functools.partial(_dkv_kernel, scale=scale),
+        "attention_dkv",
+        inputs=inputs,
+        outputs=[(k, "k"), (v, "k")],
+        scratch=[(tiles.keys, k.shape[3])] * 2,
+        interpret=interpret,
+        by_keys=True,
+    )
+    return dq, dk, dv, None
+
+
+_attention.defvjp(_fwd, _bwd)
+
+
+class _Plan:
+    """Grids, block specs and the table of tiles, for arrays [B, heads, length, D]."""
+
+    def __init__(self, q, k, intervals, tiles):
+        self.rows, heads, queries, depth = q.shape
+        self.kv_heads, keys = k.shape[1:3]
+        self.group, self.heads = heads // self.kv_heads, heads
+        self.tiles, self.depth = tiles, depth
+        self.across, self.down = queries // tiles.queries, keys // tiles.keys
+        self.shared = intervals.shape[0] == 1
+        self.intervals = intervals.transpose(0, 2, 1)
+        self.row = jax.ShapeDtypeStruct((self.rows, heads, 1, queries), jnp.float32)
+        self.touched = tile.touched(intervals, tiles.queries, keys, tiles.keys)
+        # What is skipped is known at run time only: the estimate is of everything.
+        self.cost = pl.CostEstimate(
+            flops=4 * self.rows * heads * queries * keys * depth,
+            transcendentals=self.rows * heads * queries * keys,
+            bytes_accessed=2 * (q.nbytes + 2 * k.nbytes),
+        )
+
+    def call(self, kernel, name, *, inputs, outputs, scratch, interpret, by_keys=False):
+        """Runs a kernel over the tiles, keys inside or (``by_keys``) queries inside."""
+        touched = self.touched.swapaxes(1, 2) if by_keys else self.touched
+        steps = touched.shape[2]
+        # A skipped step names the tile of the last one that was not: nothing is fetched for it.
+        index = jnp.where(touched, jnp.arange(steps, dtype=jnp.int32)[None, None], 0)
+        fetch = jax.lax.cummax(index, axis=2)
+        inner = steps * (self.group if by_keys else 1)
+        outer = self.down if by_keys else self.across
+
+        def place(ref, b, o, n):
+            return ref[((0 if self.shared else b) * outer + o) * steps + _split(n, steps)[1]]
+
+        def where(kind):
+            def index_map(b, h, o, n, flags, fetch):
+                if by_keys:
+                    head, kv_head = h * self.group + _split(n, steps)[0], h
+                else:
+                    head, kv_head = h, _split(h, self.group)[0]
+                moving = place(fetch, b, o, n)
+                i, j = (moving, o) if by_keys else (o, moving)
+                return {
+                    "q": (b, head, i, 0),
+                    "k": (b, kv_head, j, 0),
+                    "r": (b, head, 0, i),
+                    "i": (0 if self.shared else b, 0, i),
+                }[kind]
+
+            shape = {
+                "q": (1, 1, self.tiles.queries, self.depth),
+                "k": (1, 1, self.tiles.keys, self.depth),
+                "r": (1, 1, 1, self.tiles.queries),
+                "i": (1, 4, self.tiles.queries),
+            }[kind]
+            return pl.BlockSpec(shape, index_map)
+
+        def body(flags, fetch, *refs):
+            b, o, n = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+            first_key = (o if by_keys else n) * self.tiles.keys
+            kernel(place(flags, b, o, n) > 0, n == 0, n == inner - 1, first_key, *refs)
+
+        return pl.pallas_call(
+            body,
+            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outputs],
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=2,
+                grid=(self.rows, self.kv_heads if by_keys else self.heads, outer, inner),
+                in_specs=[where(kind) for _, kind in inputs],
+                out_specs=[where(kind) for _, kind in outputs],
+                scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+            ),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
+            ),
+            cost_estimate=self.cost,
+            interpret=interpret,
+            name=name,
+        )(touched.astype(jnp.int32).reshape(-1), fetch.reshape(-1), *(x for x, _ in inputs))
+
+
+def _split(number, size):
+    """Quotient and remainder; ``//`` asks for a sign, which not every TPU computes alike."""
+    size = np.int32(size)
+    return jax.lax.div(number, size), jax.lax.rem(number, size)
+
+
+def _dot(a, b, contract):
+    """``a`` and ``b`` contracted over one axis each, accumulated in float32."""
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((contract[0],), (contract[1],)), ((), ())),
+        preferred_element_type=jnp.float32,
+        precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
+    )
+
+
+def _forward_kernel(
+    alive, first, last, first_key, q, k, v, intervals, out, lse, top, total, acc, *, scale
+):
+    @pl.when(first)
+    def _():
+        top[...] = jnp.full_like(top, tile.HIDDEN)
+        total[...] = jnp.zeros_like(total)
+        acc[...] = jnp.zeros_like(acc)
+
+    @pl.when(alive)
+    def _():
+        keys, values = k[0, 0], v[0, 0]
+        scores = _dot(keys, q[0, 0], (1, 1)) * scale  # [S, T]
+        seen = tile.visible(intervals[0], first_key, keys.shape[0])
+        new, sums, factor, weights = tile.softmax_step(top[...], total[...], scores, seen)
+        acc[...] = acc[...] * factor + _dot(values, weights.astype(values.dtype), (0, 0))
+        top[...], total[...] = new, sums
+
+    @pl.when(last)
+    def _():
+        norm, log_sum = tile.softmax_end(top[...], total[...])
+        out[0, 0] = (acc[...] * norm).T.astype(out.dtype)
+        lse[0, 0] = log_sum
+
+
+def _gradient_of_scores(q, k, v, dout, lse, delta, intervals, first_key, scale):
+    """-> (weights [S, T], gradient of the unscaled scores [S, T])."""
+    scores = _dot(k, q, (1, 1)) * scale
+    weights = tile.weights_again(scores, lse, tile.visible(intervals, first_key, k.shape[0]))
+    return weights, weights * (_dot(v, dout, (1, 1)) - delta) * scale
+
+
+def _dq_kernel(
+    alive, first, last, first_key, q, k, v, dout, lse, delta, intervals, dq, acc, *, scale
+):
+    @pl.when(first)
+    def _():
+        acc[...] = jnp.zeros_like(acc)
+
+    @pl.when(alive)
+    def _():
+        blocks = q[0, 0], k[0, 0], v[0, 0], dout[0, 0], lse[0, 0], delta[0, 0], intervals[0]
+        _, dscores = _gradient_of_scores(*blocks, first_key, scale)
+        acc[...] += _dot(dscores.astype(k.dtype), k[0, 0], (0, 0))
+
+    @pl.when(last)
+    def _():
+        dq[0, 0] = acc[...].astype(dq.dtype)
+
+
+def _dkv_kernel(
+    alive, first, last, first_key, q, k, v, dout, lse, delta, intervals, dk, dv, dk_acc, dv_acc,
+    *, scale,
+):  # fmt: skip
+    @pl.when(first)
+    def _():
+        dk_acc[...] = jnp.zeros_like(dk_acc)
+        dv_acc[...] = jnp.zeros_like(dv_acc)
+
+    @pl.when(alive)
+    def _():
+        blocks = q[0, 0], k[0, 0], v[0, 0], dout[0, 0], lse[0, 0], delta[0, 0], intervals[0]
+        weights, dscores = _gradient_of_scores(*blocks, first_key, scale)
+        dk_acc[...] += _dot(dscores.astype(q.dtype), q[0, 0], (1, 0))
+        dv_acc[...] += _dot(weights.astype(q.dtype), dout[0, 0], (1, 0))
+
+    @pl.when(last)
+    def _():
+        dk[0, 0], dv[0, 0] = dk_acc[...].astype(dk.dtype), dv_acc[...].astype(dv.dtype)

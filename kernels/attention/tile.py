@@ -1,0 +1,72 @@
+"""The mathematics of one tile of scores, in plain jnp, keys down and queries across.
+
+A tile is ``[S, T]``: with queries along the lanes everything that belongs to a query is a row
+``[1, T]``, which vector units broadcast for free and reductions over keys produce directly.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int
+
+HIDDEN = -1e30
+"""Score of a hidden key: finite, so that queries without keys stay free of NaN."""
+
+
+def visible(
+    intervals: Int[Array, "4 T"], first_key: Int[Array, ""] | int, keys: int
+) -> Bool[Array, "S T"]:
+    """Which of the keys ``first_key ...`` each query sees."""
+    shape = keys, intervals.shape[1]
+    s = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + first_key
+    a0, a1, b0, b1 = (jnp.broadcast_to(intervals[i : i + 1], shape) for i in range(4))
+    return ((s >= a0) & (s < a1)) | ((s >= b0) & (s < b1))
+
+
+def touched(
+    intervals: Int[Array, "R T 4"], queries: int, keys: int, key_tile: int
+) -> Bool[Array, "R I J"]:
+    """Whether any query of a tile of ``queries`` may see any key of a tile of ``key_tile``.
+
+    Compares every query's two intervals with the tiles, so nothing a tile skips was visible and
+    tiles between two intervals are skipped too.
+    """
+    rows, total, _ = intervals.shape
+    first = jnp.arange(0, keys, key_tile, dtype=jnp.int32)
+    bounds = intervals[:, :, None]  # [R, T, 1, 4]
+    after = jnp.minimum(bounds[..., 1::2], (first + key_tile)[None, None, :, None])
+    before = jnp.maximum(bounds[..., 0::2], first[None, None, :, None])
+    any_key = (after > before).any(-1)
+    return any_key.reshape(rows, total // queries, queries, -1).any(2)
+
+
+def softmax_step(
+    top: Float32[Array, "1 T"],
+    total: Float32[Array, "1 T"],
+    scores: Float32[Array, "S T"],
+    seen: Bool[Array, "S T"],
+) -> tuple[Array, Array, Array, Array]:
+    """Online softmax (Milakov & Gimelshein, 2018) over one more tile.
+
+    Returns:
+      (top, total, factor for what was accumulated so far, weights [S, T]).
+    """
+    scores = jnp.where(seen, scores, HIDDEN)
+    new = jnp.maximum(top, scores.max(0, keepdims=True))
+    factor = jnp.exp(top - new)
+    weights = jnp.where(seen, jnp.exp(scores - new), 0.0)
+    return new, total * factor + weights.sum(0, keepdims=True), factor, weights
+
+
+def softmax_end(
+    top: Float32[Array, "1 T"], total: Float32[Array, "1 T"]
+) -> tuple[Float32[Array, "1 T"], Float32[Array, "1 T"]]:
+    """-> (factor that normalizes the accumulated values, log-sum-exp); no keys: (1, 0)."""
+    safe = jnp.where(total > 0, total, 1.0)
+    return 1.0 / safe, jnp.where(total > 0, top + jnp.log(safe), 0.0)
+
+
+def weights_again(
+    scores: Float32[Array, "S T"], lse: Float32[Array, "1 T"], seen: Bool[Array, "S T"]
+) -> Float32[Array, "S T"]:
+    """The probabilities, from the log-sum-exp of the forward pass."""
+    return jnp.where(seen, jnp.exp(scores - lse), 0.0)

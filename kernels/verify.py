@@ -1,0 +1,202 @@
+"""Compiles every kernel for accelerators this machine does not have, and checks what it needs.
+
+    python -m aa_jax.kernels.verify --platform tpu                  # v5e, v5p and v6e
+    python -m aa_jax.kernels.verify --platform tpu --topology v5e:2x2 --match attention
+    python -m aa_jax.kernels.verify --platform gpu --target h200.txtpb
+
+Nothing runs and nothing is timed. TPU needs a ``libtpu`` (installed, or named by ``--libtpu``) not
+older than jaxlib; GPU needs the CUDA plugin of JAX with ``ptxas``, and the text of a GPU target
+config. Checked are that the kernel compiles (a tile that does not fit VMEM or shared memory fails
+to), that the wanted kernels are in the program, and that its temporary memory keeps the budget.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from aa_jax.errors import ConfigError
+
+TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One program to compile.
+
+    Attributes:
+      name: operator, direction and shape.
+      function: what is compiled.
+      arguments: (shape, dtype) of every argument.
+      budget_mib: most temporary memory, beside arguments and results.
+      kernels: custom calls a TPU program must hold.
+    """
+
+    name: str
+    function: Callable
+    arguments: tuple[tuple[tuple[int, ...], Any], ...]
+    budget_mib: float
+    kernels: int
+
+
+LOGPROB_SHAPES = {
+    # tokens, width, vocabulary, budgets of forward and gradient in MiB
+    "Vicuna 7B": (4096, 4096, 32000, 128, 600),
+    "Llama 3 8B": (8192, 4096, 128256, 128, 600),
+    "Qwen2-VL 7B": (8192, 3584, 152064, 128, 600),
+    "Chameleon 7B": (4096, 4096, 65536, 128, 600),
+    "uneven": (1000, 1000, 32001, 128, 600),
+}
+
+ATTENTION_SHAPES = {
+    # rows, length, query heads, key heads, head size
+    "Vicuna 7B": (8, 2048, 32, 32, 128),
+    "Llama 3 8B": (4, 4096, 32, 8, 128),
+    "Qwen2 7B": (4, 4096, 28, 4, 128),
+    "CLIP-L/336": (32, 577, 16, 16, 64),
+    "wide heads": (2, 2048, 8, 4, 256),
+}
+
+
+def cases(implementation: str) -> Iterator[Case]:
+    """Every kernel of `implementation` (``"pallas_tpu"`` or ``"xla"``) at every shape."""
+    import jax
+    import jax.numpy as jnp
+
+    from aa_jax.kernels.attention import xla as attention_xla
+    from aa_jax.kernels.linear_logprob import xla as logprob_xla
+    from aa_jax.kernels.linear_logprob.spec import Spec
+
+    attention, logprob = attention_xla.attention, logprob_xla.linear_logprob
+    mosaic = implementation == "pallas_tpu"
+    if mosaic:
+        from aa_jax.kernels.attention import pallas_tpu as attention_tpu
+        from aa_jax.kernels.linear_logprob import pallas_tpu as logprob_tpu
+
+        attention, logprob = attention_tpu.attention, logprob_tpu.linear_logprob
+
+    def logps(hidden, head, targets, mask):
+        out = logprob(hidden, head, targets, mask, None, Spec(need_entropy=True))
+        return out.logps.sum() + out.entropy.sum()
+
+    for name, (n, d, v, forward, gradient) in LOGPROB_SHAPES.items():
+        arguments = (
+            ((n, d), jnp.bfloat16), ((v, d), jnp.bfloat16), ((n,), jnp.int32), ((n,), jnp.bool_),
+        )  # fmt: skip
+        what = f"linear_logprob {{}}, {name} (N={n}, D={d}, V={v})"
+        # A vocabulary without an even divisor is filled up, which copies the head.
+        extra = 0 if v % 2 == 0 else 2.5 * 2 * v * d / MIB
+        yield Case(what.format("forward"), logps, arguments, forward + extra, int(mosaic))
+        both = jax.grad(logps, (0, 1))
+        yield Case(what.format("gradient"), both, arguments, gradient + extra, 2 * mosaic)
+
+    def attend(q, k, v, intervals):
+        return attention(q, k, v, intervals, q.shape[-1] ** -0.5)
+
+    def loss(*x):
+        return attend(*x).astype(jnp.float32).sum()
+
+    for name, (b, t, h, kv, d) in ATTENTION_SHAPES.items():
+        q, k = ((b, t, h, d), jnp.bfloat16), ((b, t, kv, d), jnp.bfloat16)
+        arguments = q, k, k, ((b, t, 4), jnp.int32)
+        padded = b * -(-t // 512) * 512 * max(d, 128) * 2 / MIB
+        held = padded * (h + 2 * kv)  # queries, keys and values, heads before length
+        what = f"attention {{}}, {name} (B={b}, T={t}, H={h}/{kv}, D={d})"
+        yield Case(what.format("forward"), attend, arguments, 64 + 2.5 * held, int(mosaic))
+        both = jax.grad(loss, (0, 1, 2))
+        yield Case(what.format("gradient"), both, arguments, 64 + 6 * held, 3 * mosaic)
+
+
+def check(case: Case, device: Any, *, mosaic: bool) -> tuple[str, bool]:
+    """Compiles one case for a device that need not exist -> (line to print, whether it passed)."""
+    import jax
+
+    place = jax.sharding.SingleDeviceSharding(device)
+    shapes = [jax.ShapeDtypeStruct(s, d, sharding=place) for s, d in case.arguments]
+    start = time.perf_counter()
+    try:
+        compiled = jax.jit(case.function).lower(*shapes).compile()
+    except Exception as error:  # whatever a compiler may raise belongs into the table
+        return f"FAILED    {case.name}: {type(error).__name__}: {str(error)[:400]}", False
+    spent = time.perf_counter() - start
+    temporary = compiled.memory_analysis().temp_size_in_bytes / MIB
+    found = compiled.as_text().count('custom_call_target="tpu_custom_call"') if mosaic else 0
+    passed = temporary <= case.budget_mib and (not mosaic or found == case.kernels)
+    word = "ok        " if passed else "EXCEEDED  "
+    kernels = f", {found} of {case.kernels} kernels" if mosaic else ""
+    return (
+        f"{word}{case.name}: {temporary:.0f} of {case.budget_mib:.0f} MiB temporary{kernels}, "
+        f"compiled in {spent:.0f} s"
+    ), passed
+
+
+def devices(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """(name, one device) of every target.
+
+    Raises:
+      ConfigError: a GPU without a target config, or a compiler that is not there.
+    """
+    from jax.experimental import topologies
+
+    if options.platform == "gpu":
+        if options.target is None:
+            raise ConfigError(
+                "verify: --platform gpu needs --target, the text of a GPU target config (of XLA's "
+                "xla/backends/gpu/target_config/specs, or dumped from a real GPU's topology)."
+            )
+        wanted = [("1x1x1", dict(target_config=Path(options.target).read_text()))]
+    else:
+        wanted = [(name, {}) for name in options.topology or TOPOLOGIES]
+    for name, kwargs in wanted:
+        platform = "cuda" if options.platform == "gpu" else "tpu"
+        key = "topology" if options.platform == "gpu" else "topology_name"
+        try:
+            topology = topologies.get_topology_desc(platform=platform, **{key: name}, **kwargs)
+        except Exception as error:
+            raise ConfigError(
+                f"verify: there is no compiler for {platform} {name}: {str(error)[:300]} Install "
+                f"{'libtpu, or name one with --libtpu' if platform == 'tpu' else 'the CUDA plugin'}"
+                ", not older than jaxlib."
+            ) from error
+        yield name, topology.devices[0]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--platform", choices=("tpu", "gpu"), required=True)
+    parser.add_argument("--topology", action="append", help="of TPUs, e.g. v5e:2x2; repeatable")
+    parser.add_argument("--libtpu", help="path of a libtpu.so")
+    parser.add_argument("--target", help="file with the text of a GPU target config")
+    parser.add_argument("--match", default="", help="only cases whose name contains this")
+    options = parser.parse_args(arguments)
+    for name, value in {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    }.items():
+        os.environ.setdefault(name, value)
+    if options.libtpu:
+        os.environ["TPU_LIBRARY_PATH"] = options.libtpu
+    failed = compiled = 0
+    for name, device in devices(options):
+        sys.stdout.write(f"{name}: {device.device_kind}\n")
+        for case in cases("pallas_tpu" if options.platform == "tpu" else "xla"):
+            if options.match in case.name:
+                line, passed = check(case, device, mosaic=options.platform == "tpu")
+                compiled, failed = compiled + 1, failed + (not passed)
+                sys.stdout.write(f"  {line}\n")
+                sys.stdout.flush()
+    sys.stdout.write(f"{compiled - failed} of {compiled} programs compile within their budgets\n")
+    return 1 if failed or not compiled else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""The experiment on the digits world with everything tiny: what it writes, and that it resumes."""
+
+import json
+
+import pytest
+
+from aa_jax.errors import ConfigError
+from aa_jax.rl import digits_run
+
+FROZEN = ("vision_tower/*",)
+TINY = {
+    "start": {
+        "model": {"vision_dim": 16, "vision_layers": 2, "vision_heads": 2, "dim": 32, "layers": 2,
+                  "heads": 2, "kv_heads": 2, "mlp_dim": 48},
+        "tower": {"steps": 3, "batch_rows": 8},
+        "pretrain_examples": 64,
+        "pretrain": {"frozen": FROZEN, "batch_rows": 4, "pack_length": 128, "steps": 4,
+                     "optim": {"lr": 3e-3}},
+        "demonstrations": {"n": 64},
+        "sft": {"frozen": FROZEN, "batch_rows": 4, "pack_length": 128, "steps": 4,
+                "optim": {"lr": 3e-3}},
+        "preference_prompts": 48, "pairs": 16, "sampling": {"batch_rows": 16},
+    },
+    "algorithms": {
+        "grpo": {"rollout": {"prompts": 4, "samples": 2}},
+        "critic": {"algorithm": "ppo", "rollout": {"prompts": 4}, "kl": {"coef": 0.1}},
+    },
+    "lrs": (1e-3,),
+    "rollout": {"iterations": 2},
+    "reward": {"batch_rows": 8, "epochs": 1, "optim": {"lr": 1e-3}},
+    "sampling": {"batch_rows": 16},
+    "optim": {},
+    "prompts": 16, "validation_prompts": 8, "test_prompts": 8,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("labels", ["oracle", "annotators"])
+def test_every_stage_writes_what_the_next_one_reads(tmp_path, monkeypatch, labels):
+    from aa_jax.llf import lab
+
+    real = lab.respond
+
+    def respond(*args, **kwargs):  # an untrained model seldom ends an answer in time
+        return [{**line, "finished": True, "text": line["text"] or "1"} for line in
+                real(*args, **kwargs)]  # fmt: skip
+
+    monkeypatch.setattr(lab, "respond", respond)
+    found = digits_run.run(tmp_path, labels=labels, **TINY)
+    assert list(found) == ["reward", "rl", "evaluate_rl"]
+    assert {cell["arm"] for cell in found["rl"]["cells"]} == {"grpo", "critic"}
+    assert found["rl"]["chosen"] == {by: {"grpo": 1e-3, "critic": 1e-3}
+                                     for by in ("oracle", "reward")}  # fmt: skip
+    result = found["evaluate_rl"]
+    assert result["initial"]["win_rate"][0] == 0.5
+    for row in ("grpo", "critic_greedy", "grpo_by_reward"):
+        scores = json.loads((tmp_path / f"evaluate_rl/{row}_scores.json").read_text())
+        assert len(scores["mean"]) == 8
+        assert result[row]["mean"][0] == pytest.approx(sum(scores["mean"]) / 8)
+    assert digits_run.run(tmp_path, labels=labels, **TINY) == found
+
+
+def test_unknown_labels_are_refused_before_anything_runs(tmp_path):
+    with pytest.raises(ConfigError, match="'people'.*oracle, annotators"):
+        digits_run.run(tmp_path / "run", labels="people", **TINY)
+    assert not (tmp_path / "run").exists()

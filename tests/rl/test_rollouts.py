@@ -1,0 +1,163 @@
+"""On-policy batches: what stands in them, and that being killed changes nothing."""
+
+import jax
+import numpy as np
+import pytest
+
+from aa_jax.data.collate import plan_shapes
+from aa_jax.data.encoded import EncodedExamples
+from aa_jax.errors import ConfigError, DataError
+from aa_jax.rl.actor import Actor
+from aa_jax.rl.algorithms import Controller
+from aa_jax.rl.estimators import find_estimator
+from aa_jax.rl.rollouts import Plan, Rollouts
+from aa_jax.sharding import make_mesh
+from aa_jax.training.jsonable import from_json, to_json
+
+PLAN = Plan(prompts=4, samples=3, epochs=2, minibatches=2, iterations=4)
+
+
+@pytest.fixture(scope="module")
+def actor(world):
+    model, _, processor, prompts = world
+    shapes = plan_shapes(EncodedExamples(prompts, processor).sizes, "prompt")
+    return Actor(
+        model, processor, make_mesh(data=2, fsdp=4), prompt=shapes, max_new_tokens=6,
+        batch_rows=8, temperature=0.7,
+    )  # fmt: skip
+
+
+def rollouts(world, actor, reward, **changes):
+    _, params, processor, prompts = world
+    data = EncodedExamples(prompts, processor)
+    options = dict(
+        prompts=data, sources=prompts, actor=actor, reward=reward,
+        estimator=find_estimator("group"), plan=PLAN, seed=3,
+    ) | changes  # fmt: skip
+    return Rollouts(**options), params
+
+
+def take(source, params, count):
+    batches = []
+    for _ in range(count):
+        source.set_params(params)
+        batches.append(jax.tree.map(np.array, next(source)))
+    return batches
+
+
+def test_a_batch_holds_what_the_sampler_wrote(world, actor, count_ones):
+    source, params = rollouts(world, actor, count_ones)
+    batches = take(source, params, 4)
+    processor = world[2]
+    assert source.figures["sampler_gap"] < 1e-5
+    for batch in batches:
+        assert batch["targets"].shape == (2, 3, 6) and batch["tokens"].shape[0] == 2
+        rows = zip(batch["targets"], batch["loss_mask"], batch["advantages"], strict=True)
+        for targets, mask, advantages in rows:
+            counts = [
+                processor.decode(t[m > 0]).split().count("1")
+                for t, m in zip(targets, mask, strict=True)
+            ]
+            valid = mask.sum(-1) > 0
+            expected = np.where(valid, counts, 0).astype(float)
+            if valid.sum() > 1:
+                mean = expected[valid].mean()
+                deviation = expected[valid].std(ddof=1)
+                expected = np.where(valid, (expected - mean) / (deviation + 1e-4), 0)
+            else:
+                expected = np.zeros(3)
+            np.testing.assert_allclose(advantages, expected[:, None] * mask, atol=1e-5)
+    # the scores are of the very parameters that sampled, at their temperature
+    again = actor.logps(params, batches[0], 2)
+    np.testing.assert_allclose(batches[0]["old_logps"], again, atol=1e-6)
+
+
+def test_every_epoch_shows_every_response_once_and_every_pass_every_prompt(
+    world, actor, count_ones
+):
+    source, params = rollouts(world, actor, count_ones)
+    batches = take(source, params, 12)
+    for start in range(0, 12, 4):
+        first, second = (
+            sorted(t.tobytes() for b in batches[i : i + 2] for t in b["tokens"])
+            for i in (start, start + 2)
+        )
+        assert first == second
+    seen = sorted(i for k in range(3) for i in chosen(source, k))
+    assert seen == list(range(12))  # three iterations of four prompts: one pass over twelve
+
+
+def chosen(source, iteration):
+    source._iteration = iteration
+    return source._chosen()
+
+
+def test_it_ends_after_its_iterations(world, actor, count_ones):
+    source, params = rollouts(
+        world, actor, count_ones, plan=Plan(prompts=2, samples=2, iterations=2)
+    )
+    take(source, params, 2)
+    with pytest.raises(StopIteration):
+        next(source)
+
+
+@pytest.mark.parametrize("after", [4, 5, 7])
+def test_a_saved_state_continues_bit_for_bit(world, actor, count_ones, after):
+    """Between iterations and in the middle of one, through JSON."""
+    make = lambda: rollouts(  # noqa: E731
+        world, actor, count_ones, reference=world[1], controller=Controller(0.1, target=0.5)
+    )
+    source, params = make()
+    whole = take(source, params, 10)
+    first, _ = make()
+    take(first, params, after)
+    state = from_json(to_json(first.get_state()))
+    second, _ = make()
+    second.set_state(state)
+    for got, expected in zip(take(second, params, 10 - after), whole[after:], strict=True):
+        assert jax.tree.structure(got) == jax.tree.structure(expected)
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+    assert second._controller.coef == source._controller.coef
+    assert "media" not in (state["buffer"] or {})
+
+
+def test_the_state_of_another_plan_is_refused(world, actor, count_ones):
+    source, _ = rollouts(world, actor, count_ones)
+    other, _ = rollouts(world, actor, count_ones, seed=4)
+    with pytest.raises(DataError, match="another seed.*3.*4"):
+        other.set_state(source.get_state())
+
+
+def test_a_response_that_cannot_be_judged_teaches_nothing(world, actor):
+    calls = iter(range(10**6))
+
+    def every_other(requests):
+        return [None if next(calls) % 2 else 1.0 * (i % 4) for i, _ in enumerate(requests)]
+
+    source, params = rollouts(
+        world, actor, every_other, plan=Plan(prompts=4, samples=4, iterations=1)
+    )
+    (batch,) = take(source, params, 1)
+    assert batch["sequence_mask"].sum() == 8
+    unjudged = batch["sequence_mask"] == 0
+    assert not batch["loss_mask"][unjudged].any() and not batch["advantages"][unjudged].any()
+    assert source.figures["reward/invalid/skipped"] == 8
+
+
+def test_a_gap_between_sampler_and_trainer_is_said(world, actor, count_ones, caplog, monkeypatch):
+    source, params = rollouts(world, actor, count_ones)
+    real = actor.logps
+    monkeypatch.setattr(actor, "logps", lambda *a: real(*a) + 0.5)
+    take(source, params, 1)
+    assert source.figures["sampler_gap"] == pytest.approx(0.5, abs=1e-3)
+    assert "disagree by 0.5" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "sizes, words",
+    [({"prompts": 0}, "rollout.prompts is 0"),
+     ({"prompts": 6, "minibatches": 4}, "cannot be cut.*= 4")],
+)  # fmt: skip
+def test_impossible_plans_are_refused(sizes, words):
+    with pytest.raises(ConfigError, match=words):
+        Plan(**sizes)
