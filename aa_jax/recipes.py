@@ -370,10 +370,9 @@ def reference_logps(
     parts = []
     for start in range(0, len(data), batch_rows):
         items = [data[i] for i in range(start, min(start + batch_rows, len(data)))]
-        made = form(items, batch_rows=batch_rows)
-        # Without the rows that fill up the devices.
-        values = np.asarray(compute(params, _placed(made, mesh)))[: len(made["tokens"])]
-        parts.append(values.reshape(batch_rows, -1)[: len(items)])
+        batch = _placed(form(items, batch_rows=batch_rows), mesh)
+        columns = len(items[0].responses) + ("mismatched" in batch)
+        parts.append(np.asarray(compute(params, batch)).reshape(-1, columns)[: len(items)])
     values = np.concatenate(parts).astype(np.float32)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)

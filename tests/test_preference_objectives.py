@@ -161,19 +161,20 @@ def descend(objective, params, batch, steps=6, lr=0.05):
     return found, margins
 
 
-def check_it_learns(name, llama, **options):
+def check_it_learns(name, llama, lr=0.05, **options):
     model, params, _ = llama
     batch = pair_batch()
     if losses.needs_reference(name):
         batch = with_reference(model, params, batch)
-    found, margins = descend(objectives.preference(model, variant=name, **options), params, batch)
+    objective = objectives.preference(model, variant=name, **options)
+    found, margins = descend(objective, params, batch, lr=lr)
     assert found[-1] < found[0], found
     if name not in ("apo_down", "discopop"):
         assert margins[-1] > margins[0], margins
 
 
 # Plain descent needs a step that fits the loss's scale.
-SETTINGS = {"ipo": {"beta": 1.0}, "sppo": {"beta": 1.0}, "dpop": {"penalty": 1.0}}
+SETTINGS = {"ipo": {"beta": 1.0}, "sppo": {"beta": 1.0, "lr": 0.002}, "dpop": {"penalty": 1.0}}
 DEFAULT = ("simpo", "orpo")
 
 
