@@ -29,7 +29,7 @@ DEFAULT_KEPT_BYTES = 128 * 2**20
 BLOCK = {"cpu": (512, 4096)}
 """Most tokens and vocabulary entries of a block on one device: on a CPU it stays in the cache."""
 
-DEFAULT_BLOCK = (2048, 8192)
+DEFAULT_BLOCK = (2048, 4096)
 
 _ROUND = 128  # blocks are multiples of this many tokens: no ragged matmul tiles
 
