@@ -3,7 +3,7 @@
 import ctypes
 import os
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # glibc's malloc.h
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
 def keep_freed_memory() -> bool:
@@ -11,7 +11,9 @@ def keep_freed_memory() -> bool:
 
     By default it maps each large array afresh and gives it back when freed. XLA's CPU backend
     allocates its temporaries anew on every call, so each step would touch fresh pages, and the page
-    faults can take longer than the arithmetic. The price: the process keeps its largest size.
+    faults can take longer than the arithmetic. One arena for all threads, because what a worker
+    thread's own arena cannot hold is mapped afresh as well. The price: the process keeps its
+    largest size.
 
     Returns:
       False, and nothing is changed, where the C library is another one or the user has set
@@ -25,5 +27,5 @@ def keep_freed_memory() -> bool:
         return False
     if not hasattr(library, "gnu_get_libc_version"):
         return False
-    never, none = -1, 0
-    return library.mallopt(_TRIM_THRESHOLD, never) == 1 and library.mallopt(_MMAP_MAX, none) == 1
+    settings = {_ARENA_MAX: 1, _TRIM_THRESHOLD: -1, _MMAP_MAX: 0}  # -1: never
+    return all([library.mallopt(name, value) == 1 for name, value in settings.items()])
