@@ -20,6 +20,17 @@ from aa_jax.errors import CheckpointError, MediaError
 
 Encoder = Callable[[Float[np.ndarray, "N 3 H W"]], Any]
 BEGIN, END = "<racm3:break>", "<eoss>"
+# Published folders hold no template: a turn is its text and images, closed by the separator, which
+# is what transformers' processor makes of a question.
+CHAMELEON_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{{ sep_token }}"
+    "{% endfor %}"
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,12 @@ from aa_jax.data.folder import (
     vision_settings,
     write_json,
 )
-from aa_jax.data.image_tokens import Encoder, ImageTokens, image_token_settings
+from aa_jax.data.image_tokens import (
+    CHAMELEON_TEMPLATE,
+    Encoder,
+    ImageTokens,
+    image_token_settings,
+)
 from aa_jax.data.images import ImageProcessor, load_image_processor, read_json
 from aa_jax.data.media import image_size
 from aa_jax.data.mrope import Grid
@@ -189,6 +194,8 @@ class Processor:
                 settings = image_token_settings(folder, backend, image_encoder)
             settings["image_processor"] = image_processor
         source = chat_template or chat_source(folder, tokenizer)
+        if "image_tokens" in settings and source is None and tokenizer.sep_token:
+            source = CHAMELEON_TEMPLATE
         if media and (audio_processor := load_audio_processor(folder)) is not None:
             settings |= audio_settings(folder) | {"audio_processor": audio_processor}
             # The tokenizer's own template is for text alone; transformers does not use it either.

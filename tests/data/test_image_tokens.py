@@ -57,6 +57,24 @@ def test_ids_and_pixels_are_transformers(folder, kit):
     assert found.images == 2 and (found.feature_index[~places] == -1).all()
 
 
+def test_a_folder_without_template_writes_turns_as_transformers_does(folder, kit, tmp_path):
+    """A question is its parts and the separator; the answer ends with one too."""
+    theirs, _ = folder
+    tokenizer = kit.spm_tokenizer()
+    names = ["<racm3:break>", "<eoss>", "<reserved08706>"]
+    tokenizer.add_tokens(names, special_tokens=True)
+    tokenizer.sep_token = "<reserved08706>"
+    theirs = ChameleonProcessor(theirs.image_processor, tokenizer, image_seq_length=LENGTH)
+    theirs.save_pretrained(tmp_path)
+    ours = Processor.from_pretrained(tmp_path)
+    image = kit.random_image()
+    parts = (Part("image", index=0), Part("text", text="what digits?"))
+    found = encode_example(Example((Message("user", parts),), ("three",), (image,)), ours)
+    expected = theirs(images=[image], text="<image>what digits?", return_tensors="np")
+    np.testing.assert_array_equal(found.prompt, expected["input_ids"][0])
+    assert found.responses[0][-1] == ours.end_id == tokenizer.sep_token_id
+
+
 def test_images_made_tokens_are_plain_text(folder, kit):
     """The same ids but for the image tokens; nothing else is left of the images."""
     _, path = folder

@@ -1,5 +1,7 @@
 """Chameleon against transformers: logits, gradients, greedy text, and images in and out."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,15 +124,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_logits_and_gradients(case, chameleon, tmp_path):
-    changes, images = CASES[case]
-    config = chameleon_config(chameleon, **changes)
+def check_parity(chameleon, config, images, folder):
+    """Logits <= 1e-4, gradients <= 1e-4 relative, padding on either side."""
     if images is None:
         batch = token_batch(chameleon, [14, 9], 15)
     else:
-        batch = pixel_batch(chameleon, [1 + 17 * images[0] + 3, 21], 2 + 17 * images[0] + 3, images)
-    reference, model, params = chameleon.pair(config, tmp_path)
+        lengths = [4 + 17 * count for count in images]
+        batch = pixel_batch(chameleon, lengths, max(lengths) + 1, images)
+    reference, model, params = chameleon.pair(config, folder)
     real = chameleon.real_mask(batch)
     labels = np.random.default_rng(9).integers(0, 40, real.shape).astype(np.int32)
 
@@ -153,6 +154,12 @@ def test_logits_and_gradients(case, chameleon, tmp_path):
     with torch.no_grad():
         left = chameleon.torch_logits(reference, batch, images, pad_left=3)
     np.testing.assert_allclose(np.asarray(out)[real], left.numpy(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients(case, chameleon, tmp_path):
+    changes, images = CASES[case]
+    check_parity(chameleon, chameleon_config(chameleon, **changes), images, tmp_path)
 
 
 def test_pixels_and_tokens_made_ahead_are_one(small, chameleon):
@@ -371,3 +378,26 @@ def test_refusals(small, chameleon):
     without = {k: v for k, v in batch.items() if k != "media"}
     with pytest.raises(ModelError, match="'media' or features"):
         jax.eval_shape(model.hidden_states, params, without)
+
+
+GRID = list(itertools.product((False, True), (1, 2, 4), (False, True)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("swin", "kv_heads", "pixels"), GRID)
+def test_logits_and_gradients_grid(swin, kv_heads, pixels, chameleon, tmp_path):
+    """Norm order x key heads x how images come, with the other options drawn per case."""
+    number = GRID.index((swin, kv_heads, pixels))
+    bias, mlp_bias, tied = (bool(number >> bit & 1) for bit in (0, 1, 2))
+    changes = dict(
+        swin_norm=swin,
+        num_key_value_heads=kv_heads,
+        attention_bias=bias,
+        mlp_bias=mlp_bias,
+        tie_word_embeddings=tied,
+        hidden_act=("silu", "gelu", "relu")[number % 3],
+        vq=dict(channel_multiplier=[1, 2] if bias else [2, 1], num_res_blocks=1 + tied),
+    )
+    config = chameleon_config(chameleon, **changes)
+    images = [1, 2] if pixels else None
+    check_parity(chameleon, config, images, tmp_path)

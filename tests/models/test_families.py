@@ -74,7 +74,7 @@ def test_scores_and_values_do_not_see_padding(family, world, vl):
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_5_vl"])
 def test_rows_do_not_see_each_other(family, world, vl):
     """A row alone gives what it gives beside another one."""
     model, params, batch = make(family, world, vl)

@@ -1,5 +1,7 @@
 """Qwen2-Audio against transformers: tower, projector and decoder, clips of any length."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -106,12 +108,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_logits_and_gradients(case, qwen, tmp_path):
-    changes, rows = CASES[case]
-    config = audio_config(qwen, **changes)
-    batch = audio_batch(qwen, rows, 28, mels=config["audio_config"]["num_mel_bins"])
-    reference, model, params = qwen.pair(config, tmp_path)
+def check_parity(qwen, config, rows, folder):
+    """Logits <= 1e-4, gradients <= 1e-4 relative, padding on either side."""
+    sizes = config["audio_config"]
+    frames = 2 * sizes["max_source_positions"]
+    batch = audio_batch(qwen, rows, 32, mels=sizes["num_mel_bins"], frames=frames)
+    reference, model, params = qwen.pair(config, folder)
     real = qwen.real_mask(batch)
     labels = np.random.default_rng(9).integers(0, 40, real.shape).astype(np.int32)
     out, grads = qwen.evaluate(model)(params, batch, labels)
@@ -124,6 +126,30 @@ def test_logits_and_gradients(case, qwen, tmp_path):
     with torch.no_grad():
         left = reference(**inputs).logits[mask]
     np.testing.assert_allclose(np.asarray(out)[real], left.numpy(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients(case, qwen, tmp_path):
+    changes, rows = CASES[case]
+    check_parity(qwen, audio_config(qwen, **changes), rows, tmp_path)
+
+
+GRID = list(itertools.product((1, 2, 4), (24, 25), ([[48], [3, 30]], [[4, 5, 6], [7]])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kv_heads", "positions", "rows"), GRID)
+def test_logits_and_gradients_grid(kv_heads, positions, rows, qwen, tmp_path):
+    """Key heads x even and odd positions x clips, with the other options drawn per case."""
+    number = GRID.index((kv_heads, positions, rows))
+    text = dict(num_key_value_heads=kv_heads, hidden_act=("silu", "gelu")[number % 2])
+    audio = dict(
+        max_source_positions=positions,
+        encoder_attention_heads=(1, 3, 6)[number % 3],
+        activation_function=("gelu", "relu", "quick_gelu")[number % 3],
+        num_mel_bins=5 + number,
+    )
+    check_parity(qwen, audio_config(qwen, text=text, audio=audio), rows, tmp_path)
 
 
 def test_features_of_a_row_stand_without_gaps(small, qwen):

@@ -264,8 +264,10 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("generation", PUBLISHED)
-def test_published_7b_configs(generation, world):
+@pytest.mark.parametrize(
+    ("generation", "parameters"), [("qwen2_vl", 8_291_375_616), ("qwen2_5_vl", 8_292_166_656)]
+)
+def test_published_7b_configs(generation, parameters, world):
     """The released flat config builds; transformers counts as many parameters for it."""
     config = {**PUBLISHED_TEXT, **PUBLISHED[generation]}
     model = models.build(config, dtype="bfloat16", param_dtype="bfloat16", remat="full")
@@ -274,7 +276,7 @@ def test_published_7b_configs(generation, world):
     kwargs = {k: v for k, v in config.items() if k not in ("architectures", "torch_dtype")}
     with torch.device("meta"):
         reference = make(make_config(**kwargs))
-    assert ours == sum(p.numel() for p in reference.parameters())
+    assert ours == sum(p.numel() for p in reference.parameters()) == parameters
     assert model.config.text.rope.sections == (16, 24, 24) and model.config.text.rope.theta == 1e6
     # As transformers writes it today: the decoder in a section of its own.
     nested = make_config(**kwargs).to_dict() | {"architectures": config["architectures"]}

@@ -212,8 +212,8 @@ def hf_named(model, params):
     return named
 
 
-def assert_same_gradients(model, grads, reference, most=1e-4):
-    """Every tensor's gradient, relative to the reference's norm; unused ones are exactly 0.
+def gradient_errors(model, grads, reference):
+    """Error of every tensor's gradient relative to the reference's norm; unused ones must be 0.
 
     A key bias without rotary positions shifts all scores of a query alike, so its gradient is 0
     up to rounding on both sides; the floor on the norm keeps that noise from being compared.
@@ -221,17 +221,23 @@ def assert_same_gradients(model, grads, reference, most=1e-4):
     ours = hf_named(model, grads)
     norms = [p.grad.norm().item() for p in reference.parameters() if p.grad is not None]
     floor = 1e-3 * max(norms)
-    seen = set()
+    errors = {}
     for name, parameter in reference.named_parameters():
         name = model.names.canonical(name)
-        seen.add(name)
         if parameter.grad is None:
             assert not np.any(ours[name]), f"{name} has a gradient, torch has none"
+            errors[name] = 0.0
             continue
         theirs = parameter.grad.numpy()
-        error = np.linalg.norm(ours[name] - theirs) / max(np.linalg.norm(theirs), floor)
+        errors[name] = np.linalg.norm(ours[name] - theirs) / max(np.linalg.norm(theirs), floor)
+    assert errors.keys() == ours.keys()
+    return errors
+
+
+def assert_same_gradients(model, grads, reference, most=1e-4):
+    """Every tensor's gradient is the reference's."""
+    for name, error in gradient_errors(model, grads, reference).items():
         assert error <= most, f"{name}: relative gradient error {error:.2e}"
-    assert seen == set(ours)
 
 
 def assert_parity(config, folder, batch, images=None):
