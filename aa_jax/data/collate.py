@@ -92,9 +92,43 @@ def plan_shapes(items: Iterable[Encoded | Sizes], layout: str, *, multiple_of: i
             "preprocessor_config.json."
         )
     length = -(-length // multiple_of) * multiple_of
-    size = next(iter(pixels), None)
-    group = sequences if layout == "group" else 1
-    return Shapes(length, response, images, size, patches, numbers, media, group)
+    return Shapes(
+        length=length,
+        response_length=response,
+        images=images,
+        image_size=next(iter(pixels), None),
+        patches=patches,
+        patch_numbers=numbers,
+        media=media,
+        sequences=sequences if layout == "group" else 1,
+    )
+
+
+def grow(known: Shapes | None, needed: Shapes) -> Shapes:
+    """Shapes that hold what both hold, for data that arrives batch by batch.
+
+    They never shrink, so a function compiled for them is compiled anew only when a batch sets a
+    record; of n batches in random order about ln(n) do.
+
+    Args:
+      known: shapes of the batches before; None at the first.
+      needed: of this batch, from `plan_shapes`.
+    """
+    if known is None:
+        return needed
+    media = {**known.media}
+    for name, shape in needed.media.items():
+        media[name] = tuple(map(max, media.get(name, shape), shape))
+    return Shapes(
+        length=max(known.length, needed.length),
+        response_length=max(known.response_length, needed.response_length),
+        images=max(known.images, needed.images),
+        image_size=needed.image_size or known.image_size,
+        patches=max(known.patches, needed.patches),
+        patch_numbers=max(known.patch_numbers, needed.patch_numbers),
+        media=media,
+        sequences=max(known.sequences, needed.sequences),
+    )
 
 
 def _check_layout(layout: str) -> None:

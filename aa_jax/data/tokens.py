@@ -107,14 +107,14 @@ class Encoded:
     def sizes(self) -> Sizes:
         """Lengths alone."""
         return Sizes(
-            len(self.prompt),
-            tuple(map(len, self.responses)),
-            int(self.trained.sum()),
-            self.images,
-            self.image_size,
-            self.patches,
-            self.patch_numbers,
-            dict(self.media_shapes),
+            prompt=len(self.prompt),
+            responses=tuple(map(len, self.responses)),
+            trained=int(self.trained.sum()),
+            images=self.images,
+            image_size=self.image_size,
+            patches=self.patches,
+            patch_numbers=self.patch_numbers,
+            media=dict(self.media_shapes),
         )
 
 

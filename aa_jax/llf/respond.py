@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from aa_jax.data.collate import collate, plan_shapes
+from aa_jax.data.collate import Shapes, collate, grow, plan_shapes
 from aa_jax.data.example import InvalidRow
 from aa_jax.data.tokens import Limits, encode_example
 from aa_jax.sampling import generate
@@ -61,7 +61,7 @@ def respond(
     seeds = np.random.SeedSequence(seed).generate_state(max(len(prompts), 1), np.uint32)
     limits = Limits(max_prompt_length=prompt_length)
     path.parent.mkdir(parents=True, exist_ok=True)
-    dropped = 0
+    dropped, shapes = 0, None
     with open(path, "a") as file, Progress(title, len(prompts), len(lines)) as progress:
         while len(lines) < len(prompts):
             start = len(lines)
@@ -74,8 +74,12 @@ def respond(
                 except InvalidRow as error:
                     logger.debug("prompt %d gets no response: %s", index, error)
                     dropped += 1
-            texts = _sample(encoded, [int(seeds[i]) for i in rows], params, sampler, processor,
-                            prompt_length, batch_rows, mesh) if rows else []  # fmt: skip
+            texts = []
+            if rows:
+                shapes = grow(shapes, plan_shapes(encoded, "prompt"))
+                shapes = dataclasses.replace(shapes, length=prompt_length)
+                texts = _sample(encoded, [int(seeds[i]) for i in rows], params, sampler, processor,
+                                shapes, batch_rows, mesh)  # fmt: skip
             found = dict(zip(rows, texts, strict=True))
             for index in range(start, stop):
                 line = {"index": index, **found.get(index, NOTHING)}
@@ -102,12 +106,11 @@ def _sample(
     params: dict,
     sampler: Callable,
     processor,
-    prompt_length: int,
+    shapes: Shapes,
     batch_rows: int,
     mesh: jax.sharding.Mesh | None,
 ) -> list[dict]:
     """One batch: the responses to encoded prompts, in their order."""
-    shapes = dataclasses.replace(plan_shapes(encoded, "prompt"), length=prompt_length)
     batch = collate(encoded, shapes, "prompt", batch_rows=batch_rows, pad_id=processor.pad_id)
     padded = np.zeros(batch_rows, np.uint32)
     padded[: len(seeds)] = seeds

@@ -1,11 +1,12 @@
 """A learned reward: a score model that reads prompt and response in its own tokens."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from aa_jax.data.collate import Shapes, collate, plan_shapes
+from aa_jax.data.collate import Shapes, collate, grow, plan_shapes
 from aa_jax.data.example import Example, InvalidRow
 from aa_jax.data.processor import Processor
 from aa_jax.data.tokens import encode_example
@@ -64,10 +65,9 @@ class RewardModel:
 
     def _scores(self, encoded: Sequence) -> np.ndarray:
         needed = plan_shapes(encoded, "supervised", multiple_of=16)
-        known = self._shapes
-        if known is None or needed.length > known.length or needed.images != known.images:
-            self._shapes = needed  # a new shape compiles again; lengths settle soon
-        shapes = Shapes(self._shapes.length, self._shapes.length, *_image(self._shapes))
+        # A score reads no response slots: as many as tokens, so that they cause no new shape.
+        needed = dataclasses.replace(needed, response_length=needed.length)
+        shapes = self._shapes = grow(self._shapes, needed)
         out = []
         for start in range(0, len(encoded), self.batch_rows):
             some = encoded[start : start + self.batch_rows]
@@ -80,7 +80,3 @@ class RewardModel:
                 np.asarray(self._score(self.params, put_batch(batch, self.mesh)))[: len(some)]
             )
         return np.concatenate(out)
-
-
-def _image(shapes: Shapes) -> tuple:
-    return shapes.images, shapes.image_size

@@ -72,7 +72,7 @@ def test_a_batch_of_free_sizes(qwen, kit):
         at += len(response)
     text_only = collate(items[1:], plan_shapes(items[1:], "preference"), "preference")
     assert text_only["positions"].ndim == 2 and "media" not in text_only
-    narrow = Shapes(64, 8, 2, None, 4, 96)
+    narrow = Shapes(64, 8, images=2, patches=4, patch_numbers=96)
     with pytest.raises(DataError, match="patches of 96 numbers, .* Raise patches in the shapes"):
         collate(items[:1], narrow, "preference")
 
@@ -82,7 +82,7 @@ def test_packing_counts_patches(qwen, kit):
     one = Example((turn("see?", "image"),), ("yes",), (kit.random_image(0),))
     item = encode_example(one, processor)
     sizes = [item.sizes] * 4
-    wide = Shapes(400, 40, 4, None, 2 * item.patches, 96)
+    wide = Shapes(400, 40, images=4, patches=2 * item.patches, patch_numbers=96)
     assert sorted(map(len, pack(sizes, wide))) == [2, 2]
     batch = collate([[item, item]], wide, "supervised")
     half = item.patches

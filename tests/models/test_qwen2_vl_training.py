@@ -100,7 +100,13 @@ def test_packed_rows_equal_separate_rows(tiny, logps):
     length = sum(len(item.prompt) + len(item.responses[0]) for item in items)
     slots = [len(item.responses[0]) for item in items]
     patches = sum(item.patches for item in items)
-    row = Shapes(length, sum(slots), 3, None, patches, single.patch_numbers)
+    row = Shapes(
+        length=length,
+        response_length=sum(slots),
+        images=3,
+        patches=patches,
+        patch_numbers=single.patch_numbers,
+    )
     packed = collate([items], row, "supervised")
     got = np.asarray(logps(packed))[0, 0]
     expected = np.asarray(logps(apart))[:, 0]
