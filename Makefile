@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 BIN = $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart test test-slow reproduce bench lint clean
+.PHONY: quickstart test test-slow reproduce bench verify-tpu lint clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,10 @@ reproduce: $(VENV)/.installed  ## LLF with several training seeds, wider grids, 
 bench: $(VENV)/.installed-test  ## side-by-side measurements with their baselines
 	$(BIN)/python benchmarks/llava_dpo.py
 	$(BIN)/python benchmarks/dpo_memory.py
+
+verify-tpu: $(VENV)/.installed  ## compiles every TPU kernel for v5e, v5p and v6e, without one
+	$(BIN)/python -m pip install --quiet --quiet --no-deps --upgrade --target build/libtpu libtpu
+	$(BIN)/python -m aa_jax.kernels.verify --platform tpu --libtpu build/libtpu/libtpu/libtpu.so
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -77,7 +77,7 @@ def test_all_problems_are_in_one_error(world):
             dict(rope_parameters={"rope_theta": 1e4, "mrope_section": [1, 1]}),
             "of type 'default' holds 'mrope_section', which is not handled",
         ),
-        (dict(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel.*handled are .*LlamaForCausalLM"),
+        (dict(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel.*handled are .*LlamaFor"),
         (dict(architectures=None, model_type="gpt2"), "model_type 'gpt2'.*handled are .*Llama"),
     ],
 )
