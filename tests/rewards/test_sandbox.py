@@ -62,9 +62,9 @@ def test_an_endless_loop_ends_by_processor_time(level):
 
 
 def test_a_sleeper_ends_by_the_clock_and_is_gone():
+    code = "import time\nprint(1, flush=True)\ntime.sleep(1e4)"
     with Jail(
-        python_command("main.py"), {"main.py": "import time\nprint(1, flush=True)\ntime.sleep(1e4)"},
-        limits=LIMITS, isolation=CONTAINED[0],
+        python_command("main.py"), {"main.py": code}, limits=LIMITS, isolation=CONTAINED[0],
     ) as jail:  # fmt: skip
         pid, scratch = jail.process.pid, jail._scratch
         assert jail.process.stdout.readline() == b"1\n" and is_alive(pid)
@@ -127,14 +127,14 @@ def test_there_is_no_network(level):
         server.settimeout(0.01)
         port = server.getsockname()[1]
         code = (
-            "import socket, urllib.request\n"
-            "for call in (lambda: socket.create_connection(('127.0.0.1', %d), 2),\n"
-            "             lambda: urllib.request.urlopen('http://127.0.0.1:%d', timeout=2),\n"
+            f"import socket, urllib.request\nport = {port}\n"
+            "for call in (lambda: socket.create_connection(('127.0.0.1', port), 2),\n"
+            "             lambda: urllib.request.urlopen(f'http://127.0.0.1:{port}', timeout=2),\n"
             "             lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM),\n"
             "             lambda: socket.socket(socket.AF_UNIX)):\n"
             "    try: call(); print('out')\n"
             "    except OSError: print('held')\n"
-        ) % (port, port)
+        )
         outcome = run(code, level)
         assert outcome.stdout.split() == ["held"] * 4, outcome
         with pytest.raises(TimeoutError):
@@ -154,8 +154,8 @@ def test_files_outside_are_neither_read_nor_written_nor_deleted(level, tmp_path)
         "            lambda: os.rename(s, p / 'moved'), lambda: os.symlink(s, p / 'link'),\n"
         "            lambda: os.truncate(s, 0), lambda: os.link(s, 'mine'),\n"
         "            lambda: shutil.rmtree(p), lambda: os.utime(s, (0, 0)),\n"
-        "            lambda: open('/usr/bin/aa_jax_test', 'w'), lambda: open('/etc/shadow').read(),\n"
-        "            lambda: open('/proc/self/environ').read(), lambda: os.mkdir('/tmp/aa_jax_t')):\n"
+        "            lambda: open('/usr/bin/aa_jax_t', 'w'), lambda: open('/etc/shadow').read(),\n"
+        "            lambda: open('/proc/self/environ').read(), lambda: os.mkdir('/tmp/aa_jax')):\n"
         "    try: act(); print('out')\n"
         "    except OSError: print('held')\n"
     )
