@@ -22,8 +22,8 @@ class Maths:
 
     The reference is the gold answer: LaTeX with or without delimiters, a number, or a text that
     ends in ``#### <answer>`` as in GSM8K. If it cannot be understood the sample is invalid; words
-    are not understood (`aa_jax.rewards.ExactMatch` compares them). An answer that cannot be understood, is several
-    answers, takes too long or crashes its worker is wrong.
+    are not understood (`aa_jax.rewards.ExactMatch` compares them). An answer that cannot be
+    understood, is several answers, takes too long or crashes its worker is wrong.
 
     Args:
       where: which part of the response is the answer: "answer" (inside ``<answer>``) or "text".
