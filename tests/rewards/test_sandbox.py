@@ -199,7 +199,7 @@ def test_nothing_is_left_behind(level):
     assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
 
 
-def test_a_program_dies_with_the_process_that_asked():
+def test_a_program_dies_with_the_process_that_asked(tmp_path):
     """The trainer is killed; what it was judging must not go on."""
     import subprocess
     import sys
@@ -212,7 +212,11 @@ def test_a_program_dies_with_the_process_that_asked():
         "jail.process.stdout.readline()\n"
         "print(jail.process.pid, flush=True); time.sleep(1e4)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as trainer:
+    # A killed process cannot remove its scratch folder; it goes with the test's.
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment
+    ) as trainer:
         pid = int(trainer.stdout.readline())
         assert is_alive(pid)
         trainer.kill()
