@@ -1,0 +1,37 @@
+"""Rewards: what a response is worth, whether that can be known, and why.
+
+`base` is the protocol; `evaluate` asks a reward about a batch and counts what fails.
+"""
+
+from aa_jax.rewards.base import (
+    Clipped,
+    Request,
+    Result,
+    Reward,
+    RewardError,
+    Scores,
+    Weighted,
+    close,
+    evaluate,
+)
+from aa_jax.rewards.code import CodeTests
+from aa_jax.rewards.maths import Maths
+from aa_jax.rewards.text import ExactMatch, Format, Overlong, soft_overlong
+
+__all__ = [
+    "Clipped",
+    "CodeTests",
+    "ExactMatch",
+    "Format",
+    "Maths",
+    "Overlong",
+    "Request",
+    "Result",
+    "Reward",
+    "RewardError",
+    "Scores",
+    "Weighted",
+    "close",
+    "evaluate",
+    "soft_overlong",
+]

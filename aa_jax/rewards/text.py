@@ -64,7 +64,7 @@ class ExactMatch:
     def __init__(
         self, *, where: str = "text", ignore_case: bool = False, ignore_spaces: bool = False
     ):
-        _check_where(where)
+        check_where(where)
         self.where, self.ignore_case, self.ignore_spaces = where, ignore_case, ignore_spaces
 
     def __call__(self, requests: Sequence[Request]) -> list[Result]:
@@ -142,6 +142,7 @@ def tokens_of(request: Request) -> float:
     return float(length)
 
 
-def _check_where(where: str) -> None:
+def check_where(where: str) -> None:
+    """Refuses a part of a response that does not exist."""
     if where not in ("answer", "text"):
         raise ConfigError(f"where={where!r} is not one of 'answer', 'text'.")

@@ -62,10 +62,9 @@ def test_an_endless_loop_ends_by_processor_time(level):
 
 
 def test_a_sleeper_ends_by_the_clock_and_is_gone():
+    code = "import time\nprint(1, flush=True)\ntime.sleep(1e4)"
     with Jail(
-        python_command("main.py"),
-        {"main.py": "import time\nprint(1, flush=True)\ntime.sleep(1e4)"},
-        limits=LIMITS, isolation=CONTAINED[0],
+        python_command("main.py"), {"main.py": code}, limits=LIMITS, isolation=CONTAINED[0],
     ) as jail:  # fmt: skip
         pid, scratch = jail.process.pid, jail._scratch
         assert jail.process.stdout.readline() == b"1\n" and is_alive(pid)
@@ -128,9 +127,9 @@ def test_there_is_no_network(level):
         server.settimeout(0.01)
         port = server.getsockname()[1]
         code = (
-            "import socket, urllib.request\n"
-            f"for call in (lambda: socket.create_connection(('127.0.0.1', {port}), 2),\n"
-            f"             lambda: urllib.request.urlopen('http://127.0.0.1:{port}', timeout=2),\n"
+            f"import socket, urllib.request\nport = {port}\n"
+            "for call in (lambda: socket.create_connection(('127.0.0.1', port), 2),\n"
+            "             lambda: urllib.request.urlopen(f'http://127.0.0.1:{port}', timeout=2),\n"
             "             lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM),\n"
             "             lambda: socket.socket(socket.AF_UNIX)):\n"
             "    try: call(); print('out')\n"
@@ -155,10 +154,8 @@ def test_files_outside_are_neither_read_nor_written_nor_deleted(level, tmp_path)
         "            lambda: os.rename(s, p / 'moved'), lambda: os.symlink(s, p / 'link'),\n"
         "            lambda: os.truncate(s, 0), lambda: os.link(s, 'mine'),\n"
         "            lambda: shutil.rmtree(p), lambda: os.utime(s, (0, 0)),\n"
-        "            lambda: open('/usr/bin/aa_jax_test', 'w'),\n"
-        "            lambda: open('/etc/shadow').read(),\n"
-        "            lambda: open('/proc/self/environ').read(),\n"
-        "            lambda: os.mkdir('/tmp/aa_jax_t')):\n"
+        "            lambda: open('/usr/bin/aa_jax_t', 'w'), lambda: open('/etc/shadow').read(),\n"
+        "            lambda: open('/proc/self/environ').read(), lambda: os.mkdir('/tmp/aa_jax')):\n"
         "    try: act(); print('out')\n"
         "    except OSError: print('held')\n"
     )
@@ -202,7 +199,7 @@ def test_nothing_is_left_behind(level):
     assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
 
 
-def test_a_program_dies_with_the_process_that_asked():
+def test_a_program_dies_with_the_process_that_asked(tmp_path):
     """The trainer is killed; what it was judging must not go on."""
     import subprocess
     import sys
@@ -215,7 +212,11 @@ def test_a_program_dies_with_the_process_that_asked():
         "jail.process.stdout.readline()\n"
         "print(jail.process.pid, flush=True); time.sleep(1e4)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as trainer:
+    # A killed process cannot remove its scratch folder; it goes with the test's.
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment
+    ) as trainer:
         pid = int(trainer.stdout.readline())
         assert is_alive(pid)
         trainer.kill()
