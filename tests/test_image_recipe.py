@@ -98,6 +98,7 @@ def test_batches_resume_and_show_training_digits():
     assert (pixels[one][:, :8, 8:] == -1).all()
 
 
+@pytest.mark.slow
 def test_a_short_run(tmp_path):
     """Loss falls, the codebook is used, the folder loads, and a finished run is not run again."""
     kwargs = dict(

@@ -27,7 +27,13 @@ def run(world, reward, workdir, algorithm="grpo", iterations=2, **changes):
     return train(algorithm, **options)
 
 
-@pytest.mark.parametrize("algorithm", list(ALGORITHMS))
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        name if name in ("ppo", "grpo", "rloo") else pytest.param(name, marks=pytest.mark.slow)
+        for name in ALGORITHMS
+    ],
+)
 def test_every_algorithm(world, count_ones, tmp_path, algorithm):
     kl = {"kl": {"coef": 0.1}} if ALGORITHMS[algorithm].kl == "reward" else {}
     final, figures = run(world, count_ones, tmp_path, algorithm, **kl)
@@ -95,6 +101,7 @@ def test_a_policy_learns_what_is_paid_for(world, tmp_path):
     assert np.mean(paid[-5:]) > np.mean(paid[:5]) + 0.3
 
 
+@pytest.mark.slow
 def test_a_critic_of_its_own_and_its_learning_rate(world, count_ones, tmp_path):
     """The critic may start from a reward model; a rate of zero leaves it as it was."""
     model, params, *_ = world
