@@ -122,13 +122,17 @@ def test_sigkill_at_random_moments_changes_no_bit(tmp_path):
     """Tower, base and initial model, then sampled answers: killed again and again, and not."""
     names = ("tower", "pretrain", "sft")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
+    took = {}
     for stage in names:
+        began = time.monotonic()
         assert start(whole, stage).wait() == 0, said(whole)
+        took[stage] = time.monotonic() - began
     generator, kills = random.Random(0), 0
-    for stage in names:
+    for number, stage in enumerate(names, 1):
         while not (killed / stage / "done.json").exists():
             process = start(killed, stage)
-            deadline = time.monotonic() + generator.uniform(4, 40) if kills < 6 else 1e12
+            share = generator.uniform(0.4, 0.95) if kills < 2 * number else 1e12
+            deadline = time.monotonic() + share * took[stage]
             while process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.05)
             if process.poll() is None:
