@@ -5,7 +5,7 @@ import json
 import pytest
 
 from aa_jax.errors import ConfigError
-from aa_jax.rl import digits_run
+from aa_jax.rl import digits_run, digits_table
 
 FROZEN = ("vision_tower/*",)
 TINY = {
@@ -57,6 +57,11 @@ def test_every_stage_writes_what_the_next_one_reads(tmp_path, monkeypatch, label
         scores = json.loads((tmp_path / f"evaluate_rl/{row}_scores.json").read_text())
         assert len(scores["mean"]) == 8
         assert result[row]["mean"][0] == pytest.approx(sum(scores["mean"]) / 8)
+    rows = [line.split(" | ") for line in digits_table.table([tmp_path]).splitlines()[2:]]
+    assert [row[0].removeprefix("| ") for row in rows] == [
+        name for name in result if not name.endswith("_greedy")
+    ]
+    assert rows[1][3].startswith(f"{result['grpo']['mean'][0]:.3f} [")
     assert digits_run.run(tmp_path, labels=labels, **TINY) == found
 
 

@@ -1,0 +1,57 @@
+"""The result table of `aa_jax.rl.digits_run` over several seeds.
+
+python -m aa_jax.rl.digits_table runs/rl_0 runs/rl_1
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from aa_jax.eval.statistics import across_seeds, wins
+from aa_jax.llf.stages import summary
+
+COLUMNS = ("arm", "reward model's score", "KL, nats", "true mean, T = 1", "win rate %, T = 1",
+           "win rate %, greedy", "words")  # fmt: skip
+
+
+def table(folders: Sequence[Path]) -> str:
+    """Markdown: scores and KL per seed, the rest with 95 % intervals over seeds and prompts.
+
+    Args:
+      folders: run directories, one per seed, of the same config.
+    """
+    found = [summary(folder, "evaluate_rl") for folder in folders]
+    cells = [summary(folder, "rl") for folder in folders]
+
+    def scores(folder: Path, row: str) -> dict[str, np.ndarray]:
+        values = json.loads((folder / f"evaluate_rl/{row}_scores.json").read_text())
+        return {name: np.array(column) for name, column in values.items()}
+
+    def won(row: str, base: str) -> str:
+        pairs = [(scores(f, row)["mean"], scores(f, base)["mean"]) for f in folders]
+        return across_seeds([wins(a, b) for a, b in pairs]).format(1, 100)
+
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    for row in (name for name in found[0] if not name.endswith("_greedy")):
+        arm = row.removesuffix("_by_reward")
+        by = "reward" if row != arm else "oracle"
+        kls = [
+            f"{cell['kl']:.1f}"
+            for one in cells for cell in one["cells"]
+            if cell["arm"] == arm and cell["lr"] == one["chosen"][by][arm]
+        ]  # fmt: skip
+        mean = across_seeds([scores(folder, row)["mean"] for folder in folders])
+        words = np.mean([scores(folder, row)["words"].mean() for folder in folders])
+        paid = " / ".join(f"{one[row]['reward']:.2f}" for one in found)
+        lines.append(
+            f"| {row} | {paid} | {' / '.join(kls)} | {mean.format(3)} | {won(row, 'initial')} | "
+            f"{won(row + '_greedy', 'initial_greedy')} | {words:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table([Path(folder) for folder in sys.argv[1:]]))
