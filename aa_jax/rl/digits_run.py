@@ -17,7 +17,7 @@ import numpy as np
 from aa_jax import models, recipes
 from aa_jax.data import digits, sources, templates
 from aa_jax.data.example import Example
-from aa_jax.errors import ConfigError
+from aa_jax.errors import ConfigError, DataError
 from aa_jax.llf import digits_run as llf
 from aa_jax.llf import digits_world as world
 from aa_jax.llf.lab import Lab, Lengths
@@ -109,7 +109,13 @@ def run(
 
     def reward_stage(folder: Path) -> dict:
         pairs = labelled_pairs(workdir, records("train", shown), labels)
-        held = len(pairs) // 10
+        if len(pairs) < 2:
+            raise DataError(
+                f"{len(pairs)} of {shown} pairs of answers in {workdir / 'collect'} can be labelled by "
+                f"the {labels}: the others are tied, empty or cut off. Train the initial model longer "
+                "(start.sft.steps) or raise start.preference_prompts."
+            )
+        held = max(1, len(pairs) // 10)
         model, params, processor = lab.load(base)
         options = {"frozen": frozen, **reward}
         final, figures = recipes.train(

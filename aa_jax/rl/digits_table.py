@@ -1,10 +1,6 @@
-"""The result table of `aa_jax.rl.digits_run` over several seeds.
-
-python -m aa_jax.rl.digits_table runs/rl_0 runs/rl_1
-"""
+"""The result table of `aa_jax.rl.digits_run` over several seeds."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,6 +48,3 @@ def table(folders: Sequence[Path]) -> str:
         )
     return "\n".join(lines)
 
-
-if __name__ == "__main__":
-    print(table([Path(folder) for folder in sys.argv[1:]]))

@@ -38,6 +38,7 @@ TINY = {
 @pytest.mark.parametrize("labels", ["oracle", "annotators"])
 def test_every_stage_writes_what_the_next_one_reads(tmp_path, monkeypatch, labels):
     from aa_jax.llf import lab
+    from aa_jax.llf import respond as llf_respond
 
     real = lab.respond
 
@@ -45,7 +46,13 @@ def test_every_stage_writes_what_the_next_one_reads(tmp_path, monkeypatch, label
         return [{**line, "finished": True, "text": line["text"] or "1"} for line in
                 real(*args, **kwargs)]  # fmt: skip
 
+    def read_lines(path):  # and its answers are equally bad
+        lines = llf_respond.read_lines(path)
+        text = "There are 3 digits." if path.name == "response_2.jsonl" else "3"
+        return [{**line, "finished": True, "text": text} for line in lines]
+
     monkeypatch.setattr(lab, "respond", respond)
+    monkeypatch.setattr(digits_run, "read_lines", read_lines)
     found = digits_run.run(tmp_path, labels=labels, **TINY)
     assert list(found) == ["reward", "rl", "evaluate_rl"]
     assert {cell["arm"] for cell in found["rl"]["cells"]} == {"grpo", "critic"}
