@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from aa_jax.errors import DataError
 from aa_jax.eval.statistics import across_seeds, wins
 from aa_jax.llf.stages import summary
 
@@ -18,7 +19,16 @@ def table(folders: Sequence[Path]) -> str:
 
     Args:
       folders: run directories, one per seed, of the same config.
+
+    Raises:
+      DataError: a run that is not finished.
     """
+    for folder in folders:
+        if summary(folder, "evaluate_rl") is None:
+            raise DataError(
+                f"{folder} holds no finished run of launch/rl.py on the digits world; run the same "
+                f"command with --workdir {folder} again to finish it."
+            )
     found = [summary(folder, "evaluate_rl") for folder in folders]
     cells = [summary(folder, "rl") for folder in folders]
 
@@ -47,4 +57,3 @@ def table(folders: Sequence[Path]) -> str:
             f"{won(row + '_greedy', 'initial_greedy')} | {words:.1f} |"
         )
     return "\n".join(lines)
-
