@@ -112,8 +112,8 @@ def run(
         if len(pairs) < 2:
             raise DataError(
                 f"{len(pairs)} of {shown} pairs of answers in {workdir / 'collect'} can be "
-                f"labelled by the {labels}: the others are tied, empty or cut off. Train the initial "
-                "model longer (start.sft.steps) or raise start.preference_prompts."
+                f"labelled by the {labels}: the others are tied, empty or cut off. Train the "
+                "initial model longer (start.sft.steps) or raise start.preference_prompts."
             )
         held = max(1, len(pairs) // 10)
         model, params, processor = lab.load(base)
