@@ -10,6 +10,7 @@ from aa_jax.data.processor import Processor
 from aa_jax.data.sources import open_source
 from aa_jax.data.tokens import Limits
 from aa_jax.models import heads
+from aa_jax.models.chameleon.tokenizer import own_image_encoder
 from aa_jax.sharding import make_mesh, shardings
 from aa_jax.training.metrics import read_metrics, series
 
@@ -94,7 +95,9 @@ def run(
     built, params = models.load(
         path, shardings=lambda m: shardings(m.axes(), m.abstract(), devices), **options
     )
-    processor = Processor.from_pretrained(path)
+    # A model that writes images reads them as tokens too, so they must be made with the rows.
+    encode = own_image_encoder(built, params)
+    processor = Processor.from_pretrained(path, image_encoder=encode)
     examples = load_dataset(row.task, processor, **data)
     held_out = None
     if eval_data:
