@@ -103,6 +103,14 @@ def test_the_protocol_of_align_anything(serve, client, ask):
     assert scores.values.tolist() == [2, 0] and scores.valid.tolist() == [True, False]
 
 
+def status(url, body=None):
+    """The code of a refusal."""
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(url, body)
+    error.value.close()
+    return error.value.code
+
+
 def test_only_who_has_the_token_is_answered(serve, client, ask, monkeypatch):
     monkeypatch.setenv("GOOD", "secret")
     monkeypatch.setenv("BAD", "secre")
@@ -111,8 +119,7 @@ def test_only_who_has_the_token_is_answered(serve, client, ask, monkeypatch):
     for options in ({}, {"token_env": "BAD"}):
         with pytest.raises(RewardError, match="HTTP 401.*token is missing or wrong"):
             client(server.url, **options)([ask("ab")])
-    with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(server.url.replace("/rewards", "/health"))
+    assert status(server.url.replace("/rewards", "/health")) == 401
     with pytest.raises(ConfigError, match="NOT_THERE, which is not set"):
         client(server.url, token_env="NOT_THERE")
     with pytest.raises(ConfigError, match="readable by anyone.*https"):
@@ -133,9 +140,7 @@ def test_what_the_server_cannot_use_is_said_and_not_asked_again(serve, client, a
     with pytest.raises(RewardError, match="HTTP 404"):
         client(server.url.replace("/rewards", "/nowhere"))([ask("a")])
     for body, code in ((b"{", 400), (b"[]", 422), (b'{"requests": [{}]}', 422), (b"{}", 400)):
-        with pytest.raises(urllib.error.HTTPError) as error:
-            urllib.request.urlopen(server.url, body)
-        assert error.value.code == code
+        assert status(server.url, body) == code
 
 
 @pytest.fixture
