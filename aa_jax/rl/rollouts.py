@@ -76,13 +76,14 @@ class Rollouts(Iterator[Batch]):
       sources: the same prompts as Examples, as the reward wants to see them.
       actor: samples and scores.
       reward: see `aa_jax.rewards`; a request's prompt is the Example, its reference the prompt's
-        meta["reference"].
+        meta under `reference_key`.
       estimator: `Experience -> arrays`, see `rl.estimators`.
       plan: sizes.
       seed: of the order of prompts, the samples and the minibatches.
       policy: takes the policy's parameters out of the trained ones.
       critic: takes the critic's, or None.
       reference: parameters of the reference, or None.
+      reference_key: where a prompt's meta holds the truth.
       controller: KL price: has `coef` and `update(kl, tokens)`; None: `kl_coef` 0.
       score_rows: prompts scored at once.
       writer: opens a `MetricWriter` for the figures of every iteration.
@@ -102,6 +103,7 @@ class Rollouts(Iterator[Batch]):
         policy: Callable[[Any], Any] = lambda params: params,
         critic: Callable[[Any], Any] | None = None,
         reference: Any = None,
+        reference_key: str = "reference",
         controller: Any = None,
         score_rows: int = 16,
         writer: Callable[[], MetricWriter] | None = None,
@@ -112,6 +114,7 @@ class Rollouts(Iterator[Batch]):
         self.prompts, self.sources, self.actor, self.reward = prompts, sources, actor, reward
         self.estimator, self.plan, self.seed = estimator, plan, seed
         self._policy, self._critic, self._reference = policy, critic, reference
+        self._reference_key = reference_key
         self._controller, self._score_rows = controller, score_rows
         self._open_writer, self._watch = writer, watch
         self._writer: MetricWriter | None = None
@@ -263,7 +266,7 @@ class Rollouts(Iterator[Batch]):
                     **prompt.meta, "response_tokens": len(sample.tokens),
                     "finished": sample.finished,
                 }  # fmt: skip
-                requests.append(Request(prompt, text, prompt.meta.get("reference"), meta))
+                requests.append(Request(prompt, text, prompt.meta.get(self._reference_key), meta))
         return evaluate(self.reward, requests)
 
     def _check_logps(self, samples: Sequence[Sequence[Sample]], logps: np.ndarray) -> float:

@@ -53,6 +53,7 @@ def train(
     kl: Mapping[str, Any] | None = None,
     objective: Mapping[str, Any] | None = None,
     estimator: Mapping[str, Any] | None = None,
+    reference_key: str = "reference",
     frozen: Sequence[str] = (),
     accumulation: int = 1,
     seed: int = 0,
@@ -85,6 +86,7 @@ def train(
         the reward; others take ``objective={"kl_coef": ...}``.
       objective: options of the loss (clip_low, kl_coef, entropy_coef, value_clip, ...).
       estimator: options of the advantage estimator (gamma, lam, whiten, scale, ...).
+      reference_key: where a prompt's meta holds the truth a reward judges by.
       frozen: path globs of parameters that do not train, in policy and critic.
       accumulation: micro-batches an update is computed in.
       seed: of prompts, samples and minibatches.
@@ -141,7 +143,7 @@ def train(
     tx, schedule = make_optimizer(total_steps=plan.updates, lr_scales=scales, **optim)
     rollouts = Rollouts(
         prompts=data, sources=_Examples(data), actor=actor, reward=reward, estimator=estimated,
-        plan=plan, seed=seed,
+        plan=plan, seed=seed, reference_key=reference_key,
         policy=(lambda p: p["policy"]) if row.critic else (lambda p: p),
         critic=(lambda p: p["critic"]) if row.critic else None,
         reference=(params if reference is None else reference) if priced else None,

@@ -14,8 +14,8 @@ from aa_jax.data.processor import Processor
 from aa_jax.data.tokens import encode_example
 from aa_jax.llf.respond import respond
 from aa_jax.models import heads
+from aa_jax.rewards.learned import RewardModel
 from aa_jax.rl.actor import Actor, with_responses
-from aa_jax.rl.learned import RewardModel
 from aa_jax.sampling import make_sampler
 from aa_jax.sharding import make_mesh
 
