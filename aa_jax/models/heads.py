@@ -13,10 +13,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from aa_jax.errors import CheckpointError
+from aa_jax.hosts import to_host
 from aa_jax.models import load as load_model
 from aa_jax.models import safetensors
 from aa_jax.models.functional import Batch, Model, Params
-from aa_jax.models.hf import to_host, write_checkpoint
+from aa_jax.models.hf import write_checkpoint
 
 HEAD_FILE = "score_head.safetensors"
 HEAD_TENSOR = "score_head.kernel"

@@ -11,9 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from aa_jax.errors import CheckpointError
+from aa_jax.hosts import to_host
 from aa_jax.models import safetensors
 from aa_jax.models.functional import Params, dtype_named
 from aa_jax.models.names import Names, Rule, flatten, unflatten
@@ -220,13 +220,6 @@ def _load_leaf(
     if sharding is None:
         return jax.numpy.asarray(host)
     return jax.make_array_from_callback(leaf.shape, sharding, lambda index: host[index])
-
-
-def to_host(leaf: Any) -> np.ndarray:
-    """A leaf as a host array, gathered from all processes where it is spread over them."""
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(leaf)
 
 
 def write_checkpoint(

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from aa_jax import hosts
 from aa_jax.errors import AaJaxError, CheckpointError
 from aa_jax.sharding.rules import path_name
 from aa_jax.training.jsonable import digest, flatten, from_json, to_json
@@ -112,7 +112,7 @@ class Checkpointer:
         }
         body = {
             "leaves": leaves,
-            "data": _all_processes(to_json(data_state, "data_state")),
+            "data": _of_all_processes(to_json(data_state, "data_state")),
             "meta": to_json(dict(meta or {}), "meta"),
             "metrics": {name: float(value) for name, value in (metrics or {}).items()},
         }
@@ -236,9 +236,17 @@ class Checkpointer:
             arrays |= read
         treedef = jax.tree.structure(abstract_state)
         state = jax.tree.unflatten(treedef, [arrays[name] for name in wanted])
-        data = record["data"]
-        index = jax.process_index() if jax.process_count() == len(data) else 0
-        return state, from_json(data[index]), meta
+        return state, from_json(self._own_data(step, record["data"])), meta
+
+    def _own_data(self, step: int, data: Sequence[Any]) -> Any:
+        """This process's data state: the one for all, or its own of as many."""
+        if len(data) not in (1, hosts.count()):
+            raise CheckpointError(
+                f"checkpoint {self.folder}/{step} was made by {len(data)} processes whose data "
+                f"stood at different places; {hosts.count()} cannot go on from there. Run it "
+                f"with {len(data)} processes. (The position of a Loader is the same for all.)"
+            )
+        return data[hosts.index() if len(data) > 1 else 0]
 
     def _record(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(record=ocp.args.JsonRestore())
@@ -273,14 +281,14 @@ class Checkpointer:
         """Out of the way of the run, which will reach the same step again; not deleted."""
         if not failures:
             return
-        if jax.process_index() == 0:
+        if hosts.index() == 0:
             (self.folder / _DAMAGED).mkdir(exist_ok=True)
             for step in failures:
                 target = self.folder / _DAMAGED / str(step)
                 while target.exists():
                     target = target.with_name(target.name + "_")
                 os.replace(self.folder / str(step), target)
-        _barrier("aa_jax_damaged")
+        hosts.barrier("aa_jax_damaged")
         self._manager.reload()
         log.warning(
             "resuming from step %s: the newer checkpoints %s are damaged and were moved to %s",
@@ -318,6 +326,8 @@ class Checkpointer:
         except AaJaxError:
             raise
         except Exception as error:
+            if hosts.explain(error) is not None:
+                raise  # the storage is not to blame
             # Whatever storage raises here, the training loop should hear the same thing.
             raise CheckpointError(
                 f"checkpoint folder {self.folder} cannot {action}: {_brief(error)}. Make sure it "
@@ -410,23 +420,9 @@ def _named(tree: Any) -> dict[str, Any]:
     return named
 
 
-def _all_processes(value: Any) -> list[Any]:
-    """Every process's JSON value, in process order."""
-    if jax.process_count() == 1:
-        return [value]
-    import json
-
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray([text.size], np.int32))[:, 0]
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: text.size] = text
-    texts = multihost_utils.process_allgather(padded)
-    return [json.loads(t[:n].tobytes().decode()) for t, n in zip(texts, sizes, strict=True)]
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def _of_all_processes(value: Any) -> list[Any]:
+    """Every process's JSON value, in process order; one for all if they are the same."""
+    return [value] if hosts.same(digest(value)) else hosts.gather(value)
 
 
 @contextlib.contextmanager
