@@ -128,7 +128,8 @@ def train(
     Args:
       recipe: a key of `RECIPES`.
       model: the architecture.
-      params: its initial parameters; also the reference, where the recipe has one.
+      params: its initial parameters; also the reference, where the recipe has one. Of a model
+        with adapters (`aa_jax.models.adapt`) these alone train and are in checkpoints.
       processor: the model's.
       examples: Examples, or data already encoded (`Dataset`, `EncodedExamples`).
       workdir: run directory.
@@ -186,6 +187,7 @@ def train(
         shapes = _packed_shapes(data.sizes, shapes, pack_length)
         groups = pack(data.sizes, shapes, seed=seed)
     roles: dict[str, Any] = {}
+    frozen = (*model.frozen, *frozen)
     if row.score_head:
         head = heads.init_score_head(model, jax.random.key(seed))
         params = {"model": dict(params), "score_head": head}
@@ -224,6 +226,7 @@ def train(
         eval_every=eval_every,
         roles=roles,
         config=config,
+        save_frozen=not model.frozen,
     )
     figures = {
         "examples": len(data),
