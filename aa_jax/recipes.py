@@ -26,7 +26,7 @@ from aa_jax.data.tokens import Limits, Sizes
 from aa_jax.errors import CheckpointError, ConfigError
 from aa_jax.losses.unpaired import needs_kl
 from aa_jax.models import Model, heads
-from aa_jax.sharding import batch_devices, put_batch, share, shardings
+from aa_jax.sharding import batch_devices, put_batch, shardings, share
 from aa_jax.training.loop import fit
 from aa_jax.training.optim import make_optimizer
 from aa_jax.training.state import init_state
@@ -128,7 +128,8 @@ def train(
     Args:
       recipe: a key of `RECIPES`.
       model: the architecture.
-      params: its initial parameters; also the reference, where the recipe has one.
+      params: its initial parameters; also the reference, where the recipe has one. Of a model
+        with adapters (`aa_jax.models.adapt`) these alone train and are in checkpoints.
       processor: the model's.
       examples: Examples, or data already encoded (`Dataset`, `EncodedExamples`).
       workdir: run directory.
@@ -186,6 +187,7 @@ def train(
         shapes = _packed_shapes(data.sizes, shapes, pack_length)
         groups = pack(data.sizes, shapes, seed=seed)
     roles: dict[str, Any] = {}
+    frozen = (*model.frozen, *frozen)
     if row.score_head:
         head = heads.init_score_head(model, jax.random.key(seed))
         params = {"model": dict(params), "score_head": head}
@@ -225,6 +227,7 @@ def train(
         eval_every=eval_every,
         roles=roles,
         config=config,
+        save_frozen=not model.frozen,
     )
     figures = {
         "examples": len(data),

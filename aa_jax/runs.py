@@ -9,7 +9,7 @@ from aa_jax.data.dataset import Dataset
 from aa_jax.data.processor import Processor
 from aa_jax.data.sources import open_source
 from aa_jax.data.tokens import Limits
-from aa_jax.models import heads
+from aa_jax.models import adapt, heads, peft
 from aa_jax.models.chameleon.tokenizer import own_image_encoder
 from aa_jax.sharding import make_mesh, shardings
 from aa_jax.training.metrics import read_metrics, series
@@ -55,6 +55,26 @@ def load_dataset(
     )  # fmt: skip
 
 
+def save(
+    workdir: Path, model: models.Model, params: Any, base: str, *, score_head: bool = False
+) -> None:
+    """Writes `workdir/model`, and of a model with adapters also `workdir/adapter`.
+
+    Args:
+      workdir: run directory.
+      model: the model.
+      params: its parameters, or a score model's.
+      base: the checkpoint folder it started from.
+      score_head: whether they are a score model's.
+    """
+    write = heads.save if score_head else models.save
+    write(workdir / "model", model, params, extra_files_from=base, overwrite=True)
+    if model.variant.lora is not None:
+        finish = heads.writer(params) if score_head else None
+        adapters = params["model"] if score_head else params
+        peft.save(workdir / "adapter", model, adapters, base=base, overwrite=True, finish=finish)
+
+
 def run(
     workdir: str | Path,
     *,
@@ -65,11 +85,15 @@ def run(
     objective: Mapping[str, Any] | None = None,
     train: Mapping[str, Any] | None = None,
     eval_data: Mapping[str, Any] | None = None,
+    lora: Mapping[str, Any] | None = None,
     mesh: Mapping[str, int] | None = None,
     seed: int = 0,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Trains what a config describes and writes `workdir/model` and `workdir/report.html`.
+
+    With low-rank adapters `workdir/model` has them merged in, and `workdir/adapter` is a PEFT
+    folder with them alone.
 
     Args:
       workdir: run directory; the same command again continues.
@@ -80,6 +104,7 @@ def run(
       objective: options of the recipe's objective, e.g. beta.
       train: further keyword arguments of `recipes.train`.
       eval_data: held-out data; what it leaves out is taken from `data`.
+      lora: keyword arguments of `aa_jax.models.adapt.attach`: adapters train, the model does not.
       mesh: sizes for `make_mesh`; default: all devices over data.
       seed: of the order of the data and of new parameters.
       config: the resolved config, kept in the checkpoint.
@@ -92,11 +117,15 @@ def run(
     devices = make_mesh(**(mesh or {}))
     options = dict(model)
     path = options.pop("path")
-    built, params = models.load(
-        path, shardings=lambda m: shardings(m.axes(), m.abstract(), devices), **options
-    )
+
+    def place(m: models.Model) -> Any:
+        return shardings(m.axes(), m.abstract(), devices)
+
+    built, params = models.load(path, shardings=place, **options)
     # A model that writes images reads them as tokens too, so they must be made with the rows.
     encode = own_image_encoder(built, params)
+    if lora is not None:
+        built, params = adapt.attach(built, params, shardings=place, **{"seed": seed, **lora})
     processor = Processor.from_pretrained(path, image_encoder=encode)
     examples = load_dataset(row.task, processor, **data)
     held_out = None
@@ -107,10 +136,7 @@ def run(
         eval_examples=held_out, workdir=workdir, mesh=devices, seed=seed, config=config,
         optim=optim, objective=objective, **(train or {}),
     )  # fmt: skip
-    if row.score_head:
-        heads.save(workdir / "model", built, final, extra_files_from=path, overwrite=True)
-    else:
-        models.save(workdir / "model", built, final, extra_files_from=path, overwrite=True)
+    save(workdir, built, final, path, score_head=row.score_head)
     rows = read_metrics(workdir, stage="train")
     names = sorted({name for line in rows for name in line} - {"stage", "step", "time"})
     hidden = ("step_seconds", "data_seconds", "compute_seconds", "skipped", "loss_gap")

@@ -69,7 +69,9 @@ def train(
     Args:
       algorithm: a key of `aa_jax.rl.algorithms.ALGORITHMS`.
       model: the policy's architecture.
-      params: its initial parameters; also the reference, unless one is given.
+      params: its initial parameters; also the reference, unless one is given. Of a model with
+        adapters (`aa_jax.models.adapt`) these alone train, and policy, critic and reference share
+        the base's arrays.
       processor: the policy's.
       prompts: prompt-only Examples, or a `Dataset` of the task "prompt"; by random access.
       reward: see `aa_jax.rewards`: requests in, one value each out.
@@ -128,9 +130,11 @@ def train(
         backbone, critic_params = critic or (model, _new_critic(model, params, seed))
         start = {"policy": params, "critic": critic_params}
         axes = {"policy": axes, "critic": heads.axes(backbone)}
-        frozen = [f"{side}/{glob}" for side in ("policy", "critic/model") for glob in frozen]
+        sides = {"policy": model, "critic/model": backbone}
+        frozen = [f"{at}/{glob}" for at, m in sides.items() for glob in (*m.frozen, *frozen)]
         loss = objectives.actor_critic(model, backbone, **options)
     else:
+        frozen = (*model.frozen, *frozen)
         loss = objectives.policy(model, **options)
     priced = row.kl == "reward" or bool(options.get("kl_coef", row.loss == "grpo"))
     estimate = find_estimator(row.estimator)
@@ -164,6 +168,7 @@ def train(
             batches=rollouts, total_steps=plan.updates, workdir=workdir, stage=stage,
             checkpoint_every=checkpoint_every, log_every=plan.epochs * plan.minibatches,
             evaluate=evaluated if evaluate else None, eval_every=eval_every, config=config,
+            save_frozen=not model.frozen,
         )  # fmt: skip
     figures = {
         "prompts": len(data), "dropped": dict(data.report.dropped), "updates": int(state["step"]),

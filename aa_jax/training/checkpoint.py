@@ -11,7 +11,7 @@ import logging
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from aa_jax.training.jsonable import digest, flatten, from_json, to_json
 log = logging.getLogger(__name__)
 
 _DAMAGED = "damaged"
+_OUTSIDE = "outside"
 
 
 class _Damaged(Exception):
@@ -89,6 +90,7 @@ class Checkpointer:
         data_state: Any = None,
         meta: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
+        outside: Collection[str] = (),
     ) -> None:
         """Starts writing a checkpoint; returns when the state may be changed again.
 
@@ -98,6 +100,8 @@ class Checkpointer:
           data_state: What the batch iterator's ``get_state()`` gave: JSON values, bytes, arrays.
           meta: What else to remember, JSON values; e.g. {"config": ...}.
           metrics: Values for `keep_best`.
+          outside: Paths of arrays of the state that are kept elsewhere. Only their checksums are
+            saved: `restore` takes the arrays it is given for them, if they are the same.
 
         Raises:
           CheckpointError: This or the previous checkpoint could not be written; earlier ones are
@@ -107,9 +111,10 @@ class Checkpointer:
         arrays = _named(state)
         sums = _checksums(list(arrays.values()))
         leaves = {
-            name: [list(x.shape), x.dtype.name, value]
+            name: [list(x.shape), x.dtype.name, value] + [_OUTSIDE] * (name in outside)
             for (name, x), value in zip(arrays.items(), sums, strict=True)
         }
+        arrays = {name: x for name, x in arrays.items() if name not in outside}
         body = {
             "leaves": leaves,
             "data": _of_all_processes(to_json(data_state, "data_state")),
@@ -222,6 +227,7 @@ class Checkpointer:
         arrays = {name: x for name, x in wanted.items() if isinstance(x, jax.Array)}
         for name in _changed(arrays, record["leaves"]):
             del arrays[name]
+        self._check_outside(step, record["leaves"], [name for name in wanted if name not in arrays])
         structs = {name: x for name, x in wanted.items() if name not in arrays}
         if structs:
             args = ocp.args.PyTreeRestore(
@@ -275,6 +281,14 @@ class Checkpointer:
                 f"checkpoint {self.folder}/{step} was made by another {what}: "
                 f"{'; '.join(differing[:5])}{more}. Use the configuration it was made with, or "
                 "another workdir."
+            )
+
+    def _check_outside(self, step: int, saved: dict, read: Sequence[str]) -> None:
+        if missing := [name for name in read if saved[name][-1] == _OUTSIDE]:
+            raise CheckpointError(
+                f"checkpoint {self.folder}/{step} holds only what trains, and the frozen "
+                f"parameters given beside it are not those it was made with: {missing[0]} and "
+                f"{len(missing) - 1} more differ. Give the same base model, or another workdir."
             )
 
     def _put_aside(self, failures: Mapping[int, Exception], used: int) -> None:

@@ -56,6 +56,7 @@ def fit(
     config: Mapping[str, Any] | None = None,
     may_differ: Sequence[str] = (),
     skip_nonfinite: bool = False,
+    save_frozen: bool = True,
 ) -> TrainState:
     """Trains until `total_steps` updates are done or the batches end, and returns the state.
 
@@ -88,6 +89,8 @@ def fit(
       may_differ: Globs over dotted config keys that may differ from the checkpoint's.
       skip_nonfinite: Count and skip updates with a loss or gradient that is not finite instead of
         stopping.
+      save_frozen: False leaves the step's frozen parameters out of the checkpoints; the state must
+        bring the same ones again.
 
     Raises:
       AaJaxError: The loss or a gradient is not finite.
@@ -151,7 +154,9 @@ def fit(
             run.collect()
             meta = {"config": dict(config or {}), "run": run.as_dict()}
             scores = run.scores if run.evaluated == run.step else {}
-            saver.save(run.step, state, batches.get_state(), meta, scores)
+            held = () if save_frozen else frozen_paths(state["params"], step.frozen)
+            outside = {f"params/{path}" for path in held}
+            saver.save(run.step, state, batches.get_state(), meta, scores, outside)
             saved = run.step
 
         while run.step < total_steps:

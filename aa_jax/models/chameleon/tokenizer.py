@@ -19,13 +19,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from aa_jax.errors import CheckpointError, ModelError
+from aa_jax.hosts import to_host
 from aa_jax.models import safetensors
 from aa_jax.models.chameleon import vq_params
 from aa_jax.models.chameleon.vocabulary import ImageVocabulary
 from aa_jax.models.chameleon.vq import VQ, VQConfig
 from aa_jax.models.config import Reader
 from aa_jax.models.functional import Model, Params, dtype_named
-from aa_jax.models.hf import read_config, read_params, to_host, write_checkpoint
+from aa_jax.models.hf import read_config, read_params, write_checkpoint
 from aa_jax.models.names import Names, flatten, unflatten
 
 FAMILY = "chameleon_vqgan"
