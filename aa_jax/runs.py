@@ -1,14 +1,16 @@
 """One training run as a config describes it: dataset and checkpoint folder in, checkpoint out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from aa_jax import models, recipes, report
 from aa_jax.data.dataset import Dataset
+from aa_jax.data.mixed import Mixed
 from aa_jax.data.processor import Processor
 from aa_jax.data.sources import open_source
 from aa_jax.data.tokens import Limits
+from aa_jax.errors import ConfigError
 from aa_jax.models import adapt, heads, peft
 from aa_jax.models.chameleon.tokenizer import own_image_encoder
 from aa_jax.sharding import make_mesh, shardings
@@ -19,7 +21,8 @@ def load_dataset(
     task: str,
     processor: Processor,
     *,
-    path: str,
+    path: str | None = None,
+    mix: Sequence[Mapping[str, Any]] | None = None,
     template: str | None = None,
     columns: Mapping[str, str] | None = None,
     split: str = "train",
@@ -30,13 +33,15 @@ def load_dataset(
     strict: bool = False,
     check_media: bool = False,
     wording: Mapping[str, str] | None = None,
-) -> Dataset:
+) -> Dataset | Mixed:
     """A dataset as a config's `data` section names it.
 
     Args:
       task: how rows are read, see `Dataset`.
       processor: of the model.
       path: file, folder or hub id.
+      mix: several datasets instead of `path`: each its own keyword arguments of this function
+        over those given here, and its `weight` (all of them or none; see `Mixed`).
       template: key of `aa_jax.data.templates.TEMPLATES`.
       columns: your own column names, instead of a template.
       split: e.g. "train".
@@ -47,12 +52,46 @@ def load_dataset(
       strict: refuse the dataset at the first invalid row instead of dropping and counting it.
       check_media: decode every image before training starts.
       wording: of the feedback prompts.
+
+    Raises:
+      ConfigError: neither `path` nor `mix`, both, or weights for some parts only.
+      DataError: see `Dataset`.
     """
+    if (path is None) == (mix is None):
+        raise ConfigError("the data section names either a path or a mix of several.")
+    if mix is not None:
+        common = dict(
+            template=template, columns=columns, split=split, subset=subset, size=size, keep=keep,
+            limits=limits, strict=strict, check_media=check_media, wording=wording,
+        )  # fmt: skip
+        return _load_mix(task, processor, mix, common)
     return Dataset(
         open_source(path, split=split, subset=subset), template, task, columns=columns,
         processor=processor, limits=Limits(**(limits or {})), strict=strict,
         check_media=check_media, wording=wording, size=size, keep=keep,
     )  # fmt: skip
+
+
+def _load_mix(
+    task: str, processor: Processor, mix: Sequence[Mapping[str, Any]], common: Mapping[str, Any]
+) -> Mixed:
+    weights = [part.get("weight") for part in mix]
+    if any(w is None for w in weights) and any(w is not None for w in weights):
+        raise ConfigError("give every dataset of data.mix a weight, or none of them.")
+    parts = []
+    for number, part in enumerate(mix):
+        own = {name: value for name, value in part.items() if name != "weight"}
+        if unknown := sorted(set(own) - set(common) - {"path"}):
+            raise ConfigError(
+                f"data.mix[{number}] has no key {unknown[0]!r}; it has path, weight, "
+                f"{', '.join(common)}."
+            )
+        # A template of its own replaces the common columns, and the other way round.
+        shared = dict(common)
+        if "template" in own or "columns" in own:
+            shared |= {"template": None, "columns": None}
+        parts.append(load_dataset(task, processor, **{**shared, **own}))
+    return Mixed(parts, None if weights[0] is None else weights)
 
 
 def save(
