@@ -15,7 +15,7 @@ from aa_jax.errors import ConfigError
 from aa_jax.llf import digits_run
 from aa_jax.llf.lab import Lab
 from aa_jax.llf.start import llava_config
-from aa_jax.models import heads
+from aa_jax.models import adapt, heads
 from aa_jax.models.chameleon.tokenizer import build_tokenizer
 from aa_jax.rl.algorithms import find_algorithm
 from aa_jax.rl.estimators import find_estimator
@@ -105,7 +105,15 @@ def test_one_train_step_of_the_real_model_has_a_shape(path):
     options = {k: v for k, v in cfg["model"].items() if k != "path"}
     model = models.build(published, **options)
     row = recipes.find_recipe(cfg["recipe"])
-    params, frozen = model.abstract(), list(cfg["train"]["frozen"])
+    params = model.abstract()
+    if "lora" in cfg:
+        assert set(cfg["lora"]) <= set(inspect.signature(adapt.attach).parameters)
+        made = []
+        params = jax.eval_shape(
+            lambda p: made.append(adapt.attach(model, p, **cfg["lora"])) or made[-1][1], params
+        )
+        model = made[-1][0]
+    frozen = [*model.frozen, *cfg["train"].get("frozen", ())]
     if row.score_head:
         width = jax.eval_shape(model.head, params).shape[1]
         kernel = jax.ShapeDtypeStruct((width, 1), jnp.float32)
@@ -131,7 +139,8 @@ def test_one_train_step_of_the_real_model_has_a_shape(path):
     after, metrics = jax.eval_shape(step, params, rows)
     assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, params)
     assert metrics["loss"].total.shape == ()
-    count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(model.abstract()))
+    plain = adapt.plain(model)
+    count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(plain.abstract()))
     assert least * 1e9 < count < most * 1e9
 
 

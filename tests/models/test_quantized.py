@@ -34,6 +34,24 @@ def test_the_code_is_the_published_one():
     np.testing.assert_allclose(NF4, whole / whole.max(), atol=2e-7)
 
 
+# bitsandbytes 0.50.2, quantize_4bit(w, blocksize=64, quant_type="nf4") on the CPU, of
+# w = numpy.random.default_rng(0).normal(size=(2, 128)) in fp32: packed codes and absmax.
+BITSANDBYTES = (
+    "86a859dc42470624569c6d49b84358366a8946bd2edb86deed927a299b2452e596eda07bc4e24c7f84522aad4e6e"
+    "548c8421ac62b24a094878b4dbbdbb71631843389d7cdc0d999995174c6735719720a656e771ebc7b9a61c1663a6"
+    "5a5d9512b76d3559552aa5835c8e4969754f715a5cb65452bd332403c6a5d86e6387b4aa"
+)
+ABSMAX = [2.32503080368042, 2.250141143798828, 2.398232936859131, 3.106336832046509]
+
+
+def test_codes_are_those_of_bitsandbytes():
+    """Its blocks run along a row of torch's [out, in], which is a column here."""
+    weight = np.random.default_rng(0).normal(size=(2, 128)).astype(np.float32)
+    codes, scales = quantize(jnp.asarray(weight.T), Quantization())
+    assert np.asarray(codes).T.tobytes().hex() == BITSANDBYTES
+    np.testing.assert_array_equal(np.asarray(scales).T.ravel(), np.float32(ABSMAX))
+
+
 def test_a_block_by_hand():
     """Two blocks of four, one output: the largest is exact, the others take the nearest value."""
     kernel = np.array([[2.0], [0.2], [-1.1], [0.0], [0.0], [0.0], [-8.0], [7.9]], np.float32)
