@@ -64,7 +64,7 @@ def run(
     objective: Mapping[str, Any] | None = None,
     train: Mapping[str, Any] | None = None,
     eval_data: Mapping[str, Any] | None = None,
-    mesh: Mapping[str, int] | None = None,
+    mesh: Mapping[str, Any] | None = None,
     seed: int = 0,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:

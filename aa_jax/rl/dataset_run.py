@@ -33,7 +33,7 @@ def run(
     frozen: Sequence[str] = (),
     accumulation: int = 1,
     checkpoint_every: int | None = None,
-    mesh: Mapping[str, int] | None = None,
+    mesh: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Trains a policy and writes `workdir/model` and `workdir/report.html`.
