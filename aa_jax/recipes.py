@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from aa_jax import hosts, losses, objectives
+from aa_jax.config.runs import HARMLESS
 from aa_jax.data.collate import Shapes, collate
 from aa_jax.data.encoded import EncodedExamples, WithColumn
 from aa_jax.data.loader import Loader, pack
@@ -228,6 +229,7 @@ def train(
         roles=roles,
         config=config,
         save_frozen=not model.frozen,
+        may_differ=HARMLESS,
     )
     figures = {
         "examples": len(data),

@@ -125,7 +125,7 @@ def run(
     train: Mapping[str, Any] | None = None,
     eval_data: Mapping[str, Any] | None = None,
     lora: Mapping[str, Any] | None = None,
-    mesh: Mapping[str, int] | None = None,
+    mesh: Mapping[str, Any] | None = None,
     seed: int = 0,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:

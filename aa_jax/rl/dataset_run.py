@@ -37,7 +37,7 @@ def run(
     accumulation: int = 1,
     checkpoint_every: int | None = None,
     lora: Mapping[str, Any] | None = None,
-    mesh: Mapping[str, int] | None = None,
+    mesh: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Trains a policy and writes `workdir/model` and `workdir/report.html`.

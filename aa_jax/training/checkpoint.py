@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -138,6 +139,7 @@ class Checkpointer:
         *,
         step: int | None = None,
         partial: bool = False,
+        cast: bool = False,
         check: Callable[[dict[str, Any]], None] | None = None,
     ) -> tuple[Any, Any, dict[str, Any]] | None:
         """Reads the newest checkpoint that is whole.
@@ -148,6 +150,9 @@ class Checkpointer:
             saved values already (frozen parameters), and not read.
           step: This checkpoint instead of the newest; no falling back.
           partial: Read only what `abstract_state` names, e.g. {"params": ...}.
+          cast: Convert floating-point arrays to the types of `abstract_state`, after verifying them
+            as they were saved; otherwise another type is an error. For reading parameters: a run
+            that is continued in another type is another run.
           check: Called with the checkpoint's meta before its arrays are looked at; may raise.
 
         Returns:
@@ -164,7 +169,7 @@ class Checkpointer:
         failures: dict[int, Exception] = {}
         for candidate in reversed(steps if step is None else [step]):
             try:
-                found = self._read(candidate, abstract_state, partial, check)
+                found = self._read(candidate, abstract_state, partial, cast, check)
             except _Damaged as error:
                 log.error("checkpoint %s/%s is damaged: %s", self.folder, candidate, error)
                 failures[candidate] = error
@@ -217,12 +222,15 @@ class Checkpointer:
 
     # ------------------------------------------------------------------ details
 
-    def _read(self, step: int, abstract_state: Any, partial: bool, check: Callable | None) -> tuple:
+    def _read(
+        self, step: int, abstract_state: Any, partial: bool, cast: bool, check: Callable | None
+    ) -> tuple:
         record = self._record(step)
         meta = from_json(record["meta"])
         if check is not None:
             check(meta)
-        wanted = _named(abstract_state)
+        asked = _named(abstract_state)
+        wanted = _as_saved(asked, record["leaves"]) if cast else asked
         self._check_leaves(step, record["leaves"], wanted, partial)
         arrays = {name: x for name, x in wanted.items() if isinstance(x, jax.Array)}
         for name in _changed(arrays, record["leaves"]):
@@ -235,13 +243,16 @@ class Checkpointer:
                 restore_args=ocp.checkpoint_utils.construct_restore_args(structs),
                 partial_restore=True,
             )
+            # By the handler: the manager's own call waits for the other processes, for ever if
+            # what one of them has to read is damaged.
             with _reading():
-                read = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+                read = ocp.PyTreeCheckpointHandler().restore(self._item(step, "state"), args=args)
             if changed := _changed(read, record["leaves"]):
                 raise _Damaged(f"the values of {changed[0]} are not those that were saved")
             arrays |= read
         treedef = jax.tree.structure(abstract_state)
-        state = jax.tree.unflatten(treedef, [arrays[name] for name in wanted])
+        arrays = {name: _cast(arrays[name], leaf) for name, leaf in asked.items()}
+        state = jax.tree.unflatten(treedef, list(arrays.values()))
         return state, from_json(self._own_data(step, record["data"])), meta
 
     def _own_data(self, step: int, data: Sequence[Any]) -> Any:
@@ -255,12 +266,14 @@ class Checkpointer:
         return data[hosts.index() if len(data) > 1 else 0]
 
     def _record(self, step: int) -> dict[str, Any]:
-        args = ocp.args.Composite(record=ocp.args.JsonRestore())
         with _reading():
-            record = self._manager.restore(step, args=args)["record"]
+            record = ocp.JsonCheckpointHandler().restore(self._item(step, "record"))
             if digest(record["body"]) != record["crc32"]:
                 raise ValueError("the record was changed after it was saved")
         return record["body"]
+
+    def _item(self, step: int, name: str) -> epath.Path:
+        return epath.Path(self.folder) / str(step) / name
 
     def _check_leaves(self, step: int, saved: dict, wanted: dict, partial: bool) -> None:
         def show(entry: Any) -> str:
@@ -280,7 +293,7 @@ class Checkpointer:
             raise CheckpointError(
                 f"checkpoint {self.folder}/{step} was made by another {what}: "
                 f"{'; '.join(differing[:5])}{more}. Use the configuration it was made with, or "
-                "another workdir."
+                "another workdir. (To read parameters into another type: restore(..., cast=True).)"
             )
 
     def _check_outside(self, step: int, saved: dict, read: Sequence[str]) -> None:
@@ -383,6 +396,23 @@ def check_fingerprint(
         )
 
 
+def _as_saved(wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Floating-point leaves of another type than the saved one as structs of the saved type."""
+    out = dict(wanted)
+    for name, leaf in wanted.items():
+        if name in saved and jnp.issubdtype(leaf.dtype, jnp.floating):
+            dtype = jnp.dtype(saved[name][1])
+            if dtype != leaf.dtype and jnp.issubdtype(dtype, jnp.floating):
+                out[name] = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+    return out
+
+
+def _cast(x: jax.Array, leaf: Any) -> jax.Array:
+    if x.dtype == leaf.dtype:
+        return x
+    return jax.jit(lambda x: x.astype(leaf.dtype), out_shardings=leaf.sharding)(x)
+
+
 def _changed(arrays: Mapping[str, jax.Array], saved: Mapping[str, Any]) -> list[str]:
     """Names of the arrays whose values are not the saved ones."""
     if not arrays:
@@ -441,13 +471,18 @@ def _of_all_processes(value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def _reading() -> Iterator[None]:
+    """What is damaged for one process is damaged for all: each may read other files."""
+    failed: Exception | None = None
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # says something about this machine, not about the checkpoint
     except Exception as error:  # storage errors arrive as bare Exceptions
         _forget_abandoned_reads(error)
-        raise _Damaged(_brief(error)) from error
+        failed = error
+    found = hosts.gather(None if failed is None else _brief(failed))
+    if found := [text for text in found if text is not None]:
+        raise _Damaged(found[0]) from failed
 
 
 def _forget_abandoned_reads(error: BaseException) -> None:
