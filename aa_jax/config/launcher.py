@@ -34,7 +34,7 @@ def define_flags(workdir: str | None = None) -> None:
     _define_traceback()
 
 
-def run_main(main: Callable, argv: Sequence[str] | None = None) -> None:
+def run_main(main: Callable, argv: Sequence[str] | None = None, *, complete: bool = True) -> None:
     """Parses the command line, calls ``main``, and turns errors into one clear paragraph.
 
     If :func:`define_flags` was called, this is ``main(config, workdir)`` with the locked config
@@ -44,6 +44,8 @@ def run_main(main: Callable, argv: Sequence[str] | None = None) -> None:
     Args:
       main: The launcher's function.
       argv: The command line with the program's name first; ``sys.argv`` if None.
+      complete: Required values and the run directory must be given. Without it ``main`` may get a
+        config with empty placeholders, and None.
 
     Raises:
       SystemExit: Code 2 after an error a user can fix, 130 after Ctrl-C, 75 where another process
@@ -56,7 +58,7 @@ def run_main(main: Callable, argv: Sequence[str] | None = None) -> None:
     # Read before parsing: the flag must also hold for errors in the command line itself.
     show = any(argument in ("--traceback", "-traceback", "--traceback=true") for argument in argv)
     try:
-        main(*_parse(argv))
+        main(*_parse(argv, complete))
     except (AaJaxError, flags.Error) as error:
         if show:
             raise
@@ -77,7 +79,7 @@ def run_main(main: Callable, argv: Sequence[str] | None = None) -> None:
         hosts.leave(1)
 
 
-def _parse(argv: list[str]) -> tuple[Any, ...]:
+def _parse(argv: list[str], complete: bool) -> tuple[Any, ...]:
     overrides, rest = _split_overrides(argv)
     unparsed = flags.FLAGS(rest)[1:]
     if unparsed:
@@ -92,6 +94,8 @@ def _parse(argv: list[str]) -> tuple[Any, ...]:
     if flags.FLAGS.config is None:
         raise ConfigError("no config file was given: pass --config=configs/<task>/<name>.py")
     config = load(flags.FLAGS.config, overrides)
+    if not complete:
+        return config, flags.FLAGS.workdir and Path(flags.FLAGS.workdir)
     require(config)
     if flags.FLAGS.workdir is None:
         raise ConfigError("no run directory was given: pass --workdir=runs/<name>")

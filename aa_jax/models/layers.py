@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from aa_jax.errors import ConfigError
+from aa_jax.platforms import target
 
 # Hugging Face's `hidden_act` names, spelt as its configs spell them.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -52,7 +53,7 @@ def matmul(x: Float[Array, "*batch n_in"], kernel: Float[Array, "n_in n_out"]) -
     than one axis; flattened to one, the gradient of an MLP is five times faster there. Elsewhere
     the axes stay apart, so that batch and sequence may be sharded separately.
     """
-    if jax.default_backend() != "cpu" or x.ndim < 3:
+    if target.backend() != "cpu" or x.ndim < 3:
         return x @ kernel
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from aa_jax import hosts
 from aa_jax.errors import ConfigError
+from aa_jax.platforms import target
 from aa_jax.platforms.ascend import ASCEND
 from aa_jax.platforms.base import Platform
 from aa_jax.platforms.cpu import CPU
@@ -40,9 +41,7 @@ def select(backend: str) -> Platform:
 
 def current() -> Platform:
     """The platform of JAX's default backend; starts the backend if nothing has yet."""
-    import jax
-
-    return _select_once(jax.default_backend())
+    return _select_once(target.backend())
 
 
 def start(

@@ -8,6 +8,7 @@ from aa_jax.errors import ConfigError
 from aa_jax.kernels.attention import reference, xla
 from aa_jax.kernels.attention.intervals import resolve
 from aa_jax.kernels.dispatch import Implementation, choose, undivided
+from aa_jax.platforms import target
 
 
 def _pallas_tpu(*args):
@@ -43,7 +44,7 @@ def _cudnn_refuses(q, mask, **_):
         return f"queries are {q.dtype}, not bfloat16 or float16"
     if q.shape[1] == 1 or q.shape[3] > 128 or q.shape[3] % 8:
         return f"{q.shape[1]} queries with heads of {q.shape[3]} do not suit cuDNN on every GPU"
-    capability = getattr(jax.devices()[0], "compute_capability", "0")
+    capability = target.capability()
     if not capability[:1].isdigit() or float(capability) < 8.0:
         return "cuDNN attention needs an NVIDIA GPU of compute capability 8.0"
     return None
