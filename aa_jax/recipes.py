@@ -82,6 +82,7 @@ RECIPES: dict[str, Recipe] = {
         extras=("label",),
     ),
     "reward": Recipe("preference", "preference", objectives.reward, score_head=True),
+    "cost": Recipe("preference", "preference", objectives.cost, extras=("signs",), score_head=True),
 }
 
 
