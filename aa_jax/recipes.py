@@ -27,7 +27,7 @@ from aa_jax.data.tokens import Limits, Sizes
 from aa_jax.errors import CheckpointError, ConfigError
 from aa_jax.losses.unpaired import needs_kl
 from aa_jax.models import Model, heads
-from aa_jax.sharding import batch_devices, put_batch, share, shardings
+from aa_jax.sharding import batch_devices, put_batch, shardings, share
 from aa_jax.training.loop import fit
 from aa_jax.training.optim import make_optimizer
 from aa_jax.training.state import init_state

@@ -21,9 +21,7 @@ _COMMAND: list[str] = []
 def main():
     """Runs the command behind --, and exits with the job's code."""
     raise SystemExit(
-        local.run(
-            _COMMAND, processes=_PROCESSES.value, devices=_DEVICES.value, grace=_GRACE.value
-        )
+        local.run(_COMMAND, processes=_PROCESSES.value, devices=_DEVICES.value, grace=_GRACE.value)
     )
 
 

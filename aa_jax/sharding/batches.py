@@ -130,9 +130,7 @@ def share(mesh: Mesh, process: int | None = None) -> Share:
     return Share(len(holders), own, tuple(i for i in own if min(holders[i]) == process))
 
 
-def put_batch(
-    batch: Mapping[str, Any], mesh: Mesh, share: Share | None = None
-) -> dict[str, Any]:
+def put_batch(batch: Mapping[str, Any], mesh: Mesh, share: Share | None = None) -> dict[str, Any]:
     """Host arrays -> global arrays.
 
     Args:

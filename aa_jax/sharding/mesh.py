@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
@@ -97,7 +96,7 @@ def _sizes(sizes: dict[str, int], count: int) -> dict[str, int]:
 
 
 def _nearest(sizes: Mapping[str, int], fixed: int, fits: Any, count: int) -> str:
-    """": tensor=2 or 4; ..." for every axis of which another size alone would do."""
+    """ ": tensor=2 or 4; ..." for every axis of which another size alone would do."""
     found = []
     for name, size in sizes.items():
         others = fixed // size if size > 0 else 0

@@ -150,7 +150,7 @@ def algorithm(name, model, params):
 
     scored = {"model": params, "score_head": heads.init_score_head(model, jax.random.key(1))}
     if name == "dpo":
-        return objectives.preference(model, beta=0.5), params, model.axes(), "preference", (
+        return objectives.preference(model, beta=0.2), params, model.axes(), "preference", (
             "ref_logps",
         )  # fmt: skip
     if name == "reward":
@@ -177,12 +177,12 @@ def train(medium, name, mesh):
     from aa_jax.data.collate import collate, plan_shapes
     from aa_jax.data.loader import Loader
     from aa_jax.models.names import flatten
-    from aa_jax.sharding import put_batch, share, shardings
+    from aa_jax.sharding import put_batch, shardings, share
     from aa_jax.training.state import init_state
     from aa_jax.training.step import make_step
 
     model = models.build(CONFIGS[medium])
-    params = jax.tree.map(lambda x: 2 * np.asarray(x), model.init(jax.random.key(0)))
+    params = jax.tree.map(np.asarray, model.init(jax.random.key(0)))
     loss, params, axes, layout, extras = algorithm(name, model, params)
     data = [example(medium, i) for i in range(ROWS)]
     shapes = plan_shapes(data, layout)

@@ -70,9 +70,7 @@ def test_a_killed_process_ends_the_job_and_the_same_command_continues(start, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_one_signal_stops_all_at_the_same_step_and_resume_is_bit_identical(
-    start, tmp_path, number
-):
+def test_one_signal_stops_all_at_the_same_step_and_resume_is_bit_identical(start, tmp_path, number):
     workdir, total = tmp_path / "run", 40
     command = [PROGRAM, workdir, total, 0.1, 1000, "fsdp=2", "data=2"]
     with start(command, devices=2) as job:
@@ -85,9 +83,7 @@ def test_one_signal_stops_all_at_the_same_step_and_resume_is_bit_identical(
     assert "Traceback" not in job.text and "ended with exit code" not in job.text
     with start([PROGRAM, workdir, total, 0, 1000, "fsdp=2", "data=2"], devices=2) as job:
         assert job.wait() == 0, job.text[-3000:]
-    whole = reference(
-        start, tmp_path / "whole", total, "fsdp=2", "data=2", processes=2, devices=2
-    )
+    whole = reference(start, tmp_path / "whole", total, "fsdp=2", "data=2", processes=2, devices=2)
     assert_same_training(workdir, whole, rtol=0)  # the same layout: bit for bit
 
 
