@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from typing import BinaryIO
 
 from aa_jax.errors import ConfigError
 from aa_jax.hosts.join import LOST_A_PEER
@@ -145,13 +146,16 @@ class _Job:
     def wait(self, grace: float, stop_grace: float) -> int:
         """Until all have ended; the exit code of the first that failed."""
         failed: tuple[int, int] | None = None
-        since = 0.0
+        since: float | None = None
         while None in (codes := [process.poll() for process in self.processes]):
-            if failed is None and (failed := _failure(codes)) is not None:
-                since = time.monotonic()
-                self._say(*failed)
             now = time.monotonic()
-            if failed is not None and now - since > grace:
+            if since is None and _failure(codes) is not None:
+                since = now
+            # The one that notices a loss may be seen to end before the one that was lost.
+            if since is not None and failed is None and now - since > 0.5:
+                failed = _failure(codes)
+                self._say(*failed)
+            if since is not None and now - since > grace:
                 self.kill()
             if self._stopped is not None and now - self._stopped > stop_grace:
                 log.error("the processes have not stopped within %.0f s: killing them", stop_grace)
@@ -194,11 +198,12 @@ class _Job:
             "process %d of %d %s; ending the others. %s", index, len(self.processes), how, then
         )
 
-    def _show(self, stream: object, prefix: bytes) -> None:
-        for line in stream:  # type: ignore[attr-defined]
-            with self._lock:
-                sys.stdout.buffer.write(prefix + line)
-                sys.stdout.buffer.flush()
+    def _show(self, stream: BinaryIO, prefix: bytes) -> None:
+        with stream:
+            for line in stream:
+                with self._lock:
+                    sys.stdout.buffer.write(prefix + line)
+                    sys.stdout.buffer.flush()
 
 
 def _failure(codes: Sequence[int | None]) -> tuple[int, int] | None:

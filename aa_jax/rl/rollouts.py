@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from aa_jax import hosts
 from aa_jax.data.collate import Batch, collate
 from aa_jax.data.tokens import Encoded
 from aa_jax.errors import ConfigError, DataError
@@ -267,7 +268,15 @@ class Rollouts(Iterator[Batch]):
                     "finished": sample.finished,
                 }  # fmt: skip
                 requests.append(Request(prompt, text, prompt.meta.get(self._reference_key), meta))
-        return evaluate(self.reward, requests)
+        scores = evaluate(self.reward, requests)
+        if hosts.count() == 1:
+            return scores
+        # Every process asks, as a learned reward needs all of them; a judge that times out or
+        # draws may tell each something else, but what is trained on must be the same.
+        values, valid = hosts.first([scores.values.tolist(), scores.valid.tolist()])
+        return dataclasses.replace(
+            scores, values=np.array(values, np.float32), valid=np.array(valid, bool)
+        )
 
     def _check_logps(self, samples: Sequence[Sequence[Sample]], logps: np.ndarray) -> float:
         """Largest difference between the sampler's and the trainer's log-prob of a token."""
