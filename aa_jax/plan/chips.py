@@ -2,7 +2,7 @@
 
 import dataclasses
 
-GIB = 2**30
+GIB = float(2**30)
 _TPU = "cloud.google.com/tpu/docs/"
 
 
@@ -30,7 +30,9 @@ class Chip:
     source: str
 
 
-def _gpu(name: str, kind: str, gigabytes: float, peak: float, bandwidth: float, source: str):
+def _gpu(
+    name: str, kind: str, gigabytes: float, peak: float, bandwidth: float, source: str
+) -> Chip:
     return Chip(name, (kind,), gigabytes * 1e9, 0.92 * gigabytes * 1e9, peak, bandwidth, source)
 
 
@@ -43,9 +45,9 @@ CHIPS: dict[str, Chip] = {
         Chip("v5p", ("TPU v5", "TPU v5p"), 95 * GIB, 95.74 * GIB, 459e12, 2765e9, _TPU + "v5p"),
         Chip("v6e", ("TPU v6 lite", "TPU v6e"), 32 * GIB, 31.25 * GIB, 918e12, 1640e9,
              _TPU + "v6e"),
-        _gpu("a100", "NVIDIA A100-SXM4-80GB", 80, 312e12, 2039e9, "NVIDIA A100 data sheet"),
-        _gpu("h100", "NVIDIA H100 80GB HBM3", 80, 989e12, 3350e9, "NVIDIA H100 data sheet"),
-        _gpu("h200", "NVIDIA H200", 141, 989e12, 4800e9, "NVIDIA H200 data sheet"),
+        _gpu("a100", "NVIDIA A100-SXM4-80GB", 80.0, 312e12, 2039e9, "NVIDIA A100 data sheet"),
+        _gpu("h100", "NVIDIA H100 80GB HBM3", 80.0, 989e12, 3350e9, "NVIDIA H100 data sheet"),
+        _gpu("h200", "NVIDIA H200", 141.0, 989e12, 4800e9, "NVIDIA H200 data sheet"),
     )
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ from aa_jax import models, recipes
 from aa_jax.data.collate import Shapes, collate
 from aa_jax.errors import ConfigError
 from aa_jax.models import Model, heads
-from aa_jax.plan.presets import model_config
+from aa_jax.plan.presets import model_config, with_layers
 from aa_jax.rl import objectives
 from aa_jax.rl.algorithms import find_algorithm
 from aa_jax.sharding import make_mesh, shardings
@@ -78,6 +78,7 @@ def build(
     accumulation: int | None = None,
     remat: str | None = None,
     layout: Layout | None = None,
+    layers: int | None = None,
 ) -> Program:
     """The step that ``launch/train.py`` or ``launch/rl.py`` would run with this config.
 
@@ -89,6 +90,7 @@ def build(
       accumulation: micro-batches; None takes the config's.
       remat: policy; None takes the config's.
       layout: sizes of a row; what it leaves open follows from the config's limits.
+      layers: of the decoder, instead of the model's own.
 
     Raises:
       ConfigError: the config names neither a recipe nor an algorithm.
@@ -96,7 +98,8 @@ def build(
     options = {key: value for key, value in config["model"].items() if key != "path"}
     options |= {"remat": remat} if remat else {}
     mesh = make_mesh(**(config.get("mesh") or {}), devices=devices)
-    model = models.build(model_config(model_name), **options)
+    hf_config = model_config(model_name)
+    model = models.build(with_layers(hf_config, layers) if layers else hf_config, **options)
     layout = layout or Layout()
     if "recipe" in config:
         return _supervised(config, model, mesh, rows, accumulation, layout)

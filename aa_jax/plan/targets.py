@@ -1,4 +1,4 @@
-"""Devices that need not exist: a TPU slice, GPUs of one host, or virtual CPU devices."""
+"""Devices that need not exist: a TPU slice, GPUs of some hosts, or virtual CPU devices."""
 
 import contextlib
 import ctypes
@@ -77,8 +77,8 @@ def open_slice(topology: str) -> Slice:
 
     Args:
       topology: ``<chip>:<size>``: TPU slices "v5e:4x4", "v5p:4x4x4", "v6e:2x4"; GPUs of one host
-        "h200:8"; "cpu:8" for virtual devices of this machine, where only XLA's partitioning is that
-        of an accelerator, not its fusion and memory.
+        "h200:8" or of several, "h200:4x8"; "cpu:8" for virtual devices of this machine, where only
+        XLA's partitioning is that of an accelerator, not its fusion and memory.
 
     Raises:
       ConfigError: an unknown chip or size, or a compiler that is not there.
@@ -105,7 +105,9 @@ def open_slice(topology: str) -> Slice:
             words = "libtpu, compile only"
         else:
             found = topologies.get_topology_desc(
-                platform="cuda", topology=f"1x1x{_count(size)}", target_config=GPU_TARGETS[chip]
+                platform="cuda",
+                topology="x".join(["1", "1", *size.split("x")][-3:]),  # slices, hosts, GPUs
+                target_config=GPU_TARGETS[chip],
             )
             target = Target("cuda", len(found.devices), "9.0" if _has_cudnn() else "0")
             words = "XLA:GPU, compile only" + ("" if _has_cudnn() else ", without cuDNN")

@@ -91,13 +91,11 @@ def make_optimizer(
 
 
 _OPTIMIZERS: dict[str, Callable[..., list[optax.GradientTransformation]]] = {
-    "adamw": lambda b1, b2, eps, momentum, mu_dtype: [
+    "adamw": lambda b1, b2, eps, mu_dtype, **_: [
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
     ],
-    "sgd": lambda b1, b2, eps, momentum, mu_dtype: (
-        [optax.trace(decay=momentum)] if momentum else []
-    ),
-    "adafactor": lambda b1, b2, eps, momentum, mu_dtype: [
+    "sgd": lambda momentum, **_: [optax.trace(decay=momentum)] if momentum else [],
+    "adafactor": lambda **_: [
         optax.scale_by_factored_rms(),
         optax.clip_by_block_rms(1.0),
         optax.scale_by_param_block_rms(),

@@ -10,7 +10,7 @@ Expected: accuracy on held-out pairs rises above one half.
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import required_placeholder
+from ml_collections.config_dict import placeholder, required_placeholder
 
 
 def get_config() -> ConfigDict:
@@ -31,7 +31,10 @@ def get_config() -> ConfigDict:
             "limits": {"max_length": 2048},
         },
         "objective": {"beta": 0.1},
-        "optim": {"lr": 1e-6, "schedule": "cosine", "warmup_ratio": 0.03},
+        "optim": {
+            "lr": 1e-6, "schedule": "cosine", "warmup_ratio": 0.03,
+            "moment_dtype": placeholder(str),  # "bfloat16": two bytes per weight less
+        },
         "train": {
             "epochs": 2, "batch_rows": 32, "accumulation": 1,
             "frozen": ("vision_tower/*",),

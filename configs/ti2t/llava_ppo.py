@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
         "objective": {"clip_low": 0.2, "value_clip": 5.0},
         "optim": {
             "lr": 1e-5, "schedule": "cosine", "warmup_ratio": 0.03, "weight_decay": 0.01,
+            "moment_dtype": placeholder(str),  # "bfloat16": two bytes per weight less
         },
         "frozen": ("vision_tower/*",),
         "checkpoint_every": 100,
