@@ -58,6 +58,10 @@ class Model:
         decode: ``(params, tokens [B], cache) -> (hidden [B,D], cache)``: one token per row,
             appended at the row's own length. The cache is {"k": [L,B,K,S,Dh], "v": the same,
             "length": [B]}, and where positions have three axes "position" [B], the next token's.
+            Rows that share prompts, W = B / P of each standing together, are decoded from
+            {"prompt_k": [L,P,K,S,Dh], "prompt_v": the same, "prompt_length": [P], "k":
+            [L,B,K,R,Dh], "v": the same, "spot": [B] where in R this token goes (R: nowhere),
+            "position": [B]}, of which "k" and "v" come back changed.
         variant: its adapters and quantised kernels. A model with adapters takes parameters
             without them too, and is then its base.
         edit: ``variant -> Model``: the same architecture as another variant.

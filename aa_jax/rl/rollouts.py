@@ -216,9 +216,7 @@ class Rollouts(Iterator[Batch]):
         indices = self._chosen()
         encoded = [self.prompts[i] for i in indices]
         seeds = self._generator(2).integers(0, 2**32, (plan.prompts, plan.samples), np.uint32)
-        repeated = [item for item in encoded for _ in range(plan.samples)]
-        flat = actor.respond(params, repeated, seeds.reshape(-1))
-        samples = [flat[i : i + plan.samples] for i in range(0, len(flat), plan.samples)]
+        samples = actor.respond(params, encoded, seeds)
         texts = [[actor.text(sample) for sample in group] for group in samples]
         scores = self._pay(indices, texts, samples)
         valid = scores.valid.reshape(plan.prompts, plan.samples)
