@@ -18,7 +18,8 @@ import numpy as np
 
 from aa_jax import hosts, losses, objectives
 from aa_jax.config.runs import HARMLESS
-from aa_jax.data.collate import Shapes, collate
+from aa_jax.data.buckets import bucket_lengths
+from aa_jax.data.collate import Shapes, collate, row_length
 from aa_jax.data.encoded import EncodedExamples, WithColumn
 from aa_jax.data.loader import Loader, pack
 from aa_jax.data.mismatched import Mismatched
@@ -118,6 +119,7 @@ def train(
     limits: Mapping[str, Any] | None = None,
     share_prefix: bool = True,
     pack_length: int | None = None,
+    buckets: int = 1,
     reference_cache: str | Path | None = None,
     checkpoint_every: int | None = None,
     log_every: int = 10,
@@ -149,6 +151,8 @@ def train(
       share_prefix: one row `prompt | chosen | rejected` per pair instead of two rows.
       pack_length: supervised recipes: rows of this many tokens hold several short examples each,
         and `batch_rows` counts such rows.
+      buckets: most row lengths that batches are padded to; above 1 a batch holds examples of
+        similar length, and each row length compiles the step once.
       reference_cache: file that keeps the reference log-probs, for other runs on the same data.
       checkpoint_every: updates between checkpoints.
       log_every: updates per line of metrics.
@@ -188,6 +192,12 @@ def train(
             )
         shapes = _packed_shapes(data.sizes, shapes, pack_length)
         groups = pack(data.sizes, shapes, seed=seed)
+    if buckets < 1 or (buckets > 1 and pack_length):
+        raise ConfigError("buckets is 1 or more, and 1 with pack_length: packed rows are all full.")
+    lengths, edges = None, ()
+    if buckets > 1:
+        lengths = [row_length(size.prompt, size.responses, layout) for size in data.sizes]
+        edges = bucket_lengths(lengths, buckets)
     roles: dict[str, Any] = {}
     frozen = (*model.frozen, *frozen)
     if row.score_head:
@@ -204,7 +214,8 @@ def train(
     )  # fmt: skip
     loader = Loader(
         data, form, batch_rows, epochs=None if steps else epochs, seed=seed, groups=groups,
-        share=share(mesh), multiple_of=batch_devices(mesh) * accumulation,
+        share=share(mesh), multiple_of=batch_devices(mesh) * accumulation, lengths=lengths,
+        buckets=edges,
     )  # fmt: skip
     total = steps or len(loader)
     tx, schedule = make_optimizer(total_steps=total, **(optim or {}))
@@ -298,15 +309,16 @@ def _form(
     extras: Sequence[str] = (),
     twin_shapes: Shapes | None = None,
 ) -> Callable:
-    """`(items, batch_rows) -> batch`.
+    """`(items, batch_rows, length=None) -> batch`; a length replaces that of the shapes.
 
     A pair's extras are split where its rows are; reference log-probs of an example and its
     mismatched twin where those are.
     """
 
-    def form(items: Sequence, batch_rows: int) -> dict[str, Any]:
+    def form(items: Sequence, batch_rows: int, length: int | None = None) -> dict[str, Any]:
         rest = dict(batch_rows=batch_rows, pad_id=processor.pad_id)
-        batch = collate(items, shapes, layout, extras=extras, **rest)
+        fitting = shapes if length is None else dataclasses.replace(shapes, length=length)
+        batch = collate(items, fitting, layout, extras=extras, **rest)
         if layout == "preference_rows":
             for name in extras:  # every row carries (chosen, rejected); it is one of the two
                 rows = np.arange(len(batch[name]))

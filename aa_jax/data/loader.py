@@ -8,12 +8,14 @@ by more or fewer processes.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from aa_jax.data.buckets import ByLength
 from aa_jax.data.collate import Batch, Shapes
 from aa_jax.data.example import Report
 from aa_jax.data.tokens import Sizes
@@ -40,6 +42,9 @@ class Loader:
         hold (their devices split tensors) is made by both.
       multiple_of: batches are filled up with empty rows to a multiple of this; at least the pieces
         of the share, and of ``step.rows_multiple`` for a train step.
+      lengths: of the rows; with them a batch holds rows of similar lengths (`ByLength`).
+      buckets: with ``lengths``: ascending row lengths, the last at least the longest row. A batch
+        is collated with ``length=`` the shortest that holds all its rows.
       threads: batches made in parallel; 0 makes each when it is asked for.
       prefetch: batches made ahead when threads > 0.
 
@@ -60,6 +65,8 @@ class Loader:
         groups: Sequence[Sequence[int]] | None = None,
         share: Any = None,
         multiple_of: int = 1,
+        lengths: Sequence[int] | None = None,
+        buckets: Sequence[int] = (),
         threads: int = 0,
         prefetch: int = 2,
     ):
@@ -84,6 +91,14 @@ class Loader:
             )
         self.report: Report = getattr(data, "report", None) or Report(len(data), len(data))
         self._threads, self._prefetch = threads, prefetch
+        self._lengths, self._buckets = lengths, tuple(buckets)
+        if lengths is not None and len(lengths) != self._rows:
+            raise DataError(f"{len(lengths)} lengths for {self._rows} rows.")
+        if buckets and (lengths is None or max(lengths) > buckets[-1]):
+            raise DataError(
+                f"the longest bucket, {buckets[-1]} tokens, must hold the longest row: give the "
+                "rows' lengths, and a last bucket that is no shorter."
+            )
         self._order = self._make_order(shuffle)
         log.info("%d steps per epoch of %d rows; %s", self.steps_per_epoch, self._rows, self.report)
 
@@ -91,7 +106,12 @@ class Loader:
         import grain
 
         order = grain.MapDataset.range(self._rows)
-        return order.seed(self.seed).shuffle() if shuffle else order
+        if not shuffle:
+            return order
+        order = order.seed(self.seed).shuffle()
+        if self._lengths is None:
+            return order
+        return ByLength(order, self._lengths, self.batch_rows, self.seed)
 
     def __len__(self) -> int:
         """Number of batches of all epochs."""
@@ -101,20 +121,32 @@ class Loader:
 
     def rows(self, step: int) -> list[int]:
         """The rows of this process's share of batch ``step``; fewer at the end of an epoch."""
+        places = self._places(step)
+        return [int(self._order[places[i]]) for i in self._own if i < len(places)]
+
+    def _places(self, step: int) -> range:
+        """The places of the global batch in the order of all epochs."""
         epoch, at = divmod(step, self.steps_per_epoch)
         first = at * self.batch_rows
-        real = min(self.batch_rows, self._rows - first)
         # Beyond one length of data grain continues with the next epoch's order.
-        places = [epoch * self._rows + first + i for i in self._own if i < real]
-        return [int(self._order[place]) for place in places]
+        start = epoch * self._rows + first
+        return range(start, start + min(self.batch_rows, self._rows - first))
+
+    def _bucket(self, step: int) -> dict[str, int]:
+        """The row length of the global batch, the same for every process."""
+        if not self._buckets:
+            return {}
+        longest = max(self._lengths[int(self._order[place])] for place in self._places(step))
+        return {"length": next(length for length in self._buckets if length >= longest)}
 
     def batch(self, step: int) -> Batch:
         """Batch number ``step``, counted from the start of training."""
+        form = functools.partial(self._collate, batch_rows=len(self._own), **self._bucket(step))
         if rows := self.rows(step):
-            return self._collate([self._item(row) for row in rows], batch_rows=len(self._own))
-        # Only empty rows are left for this process: their columns are those of any row, emptied.
-        item = self._item(int(self._order[0]))
-        return _emptied(self._collate([item], batch_rows=len(self._own)))
+            return form([self._item(row) for row in rows])
+        # Only empty rows are left for this process: their columns are those of any row of this
+        # batch, emptied.
+        return _emptied(form([self._item(int(self._order[self._places(step)[0]]))]))
 
     def _item(self, row: int) -> Any:
         if self._groups is None:
@@ -132,7 +164,8 @@ class Loader:
         return BatchIterator(batches, self._fingerprint(), self.share)
 
     def _fingerprint(self) -> dict[str, int]:
-        return {"rows": self._rows, "batch_rows": self.batch_rows, "seed": self.seed}
+        plain = {"rows": self._rows, "batch_rows": self.batch_rows, "seed": self.seed}
+        return plain if self._lengths is None else plain | {"by_length": 1}
 
 
 class BatchIterator(Iterator[Batch]):
