@@ -22,7 +22,17 @@ from aa_jax.training.state import frozen_paths, merge, split
 # What peft does to transformers 5 is not ours to mend.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
-EVERY = ["llama", "qwen2", "qwen3", "llava", "qwen2_vl", "qwen2_5_vl", "qwen2_audio", "chameleon"]
+EVERY = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "llava",
+    "llava_next",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen2_audio",
+    "chameleon",
+]
 
 
 def case(world, family):
@@ -34,6 +44,10 @@ def case(world, family):
         config, images = world.llava_config(), [2, 1]
         batch = world.image_batch(config, [13, 9], 14, images)
         return config, batch, lambda m: world.torch_logits(m, batch, images)
+    if family == "llava_next":
+        tiles, rows = world.sibling("next_world"), [[(9, 30)], [(12, 13)]]
+        config, batch = tiles.config(world), tiles.batch(world, rows, 32)
+        return config, batch, lambda m: tiles.torch_logits(world, m, batch, rows)
     if family.endswith("vl"):
         vl = world.sibling("vl_world")
         config = vl.config(world, family)
