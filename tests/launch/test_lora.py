@@ -9,11 +9,15 @@ import peft as hf_peft
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 from aa_jax import config, models, objectives, recipes, rl, runs
 from aa_jax.errors import CheckpointError
+from aa_jax.llf import pipeline
+from aa_jax.llf.lab import Lab, Lengths
 from aa_jax.models import heads
 from aa_jax.models.names import flatten
+from aa_jax.sharding import make_mesh
 from aa_jax.training import loop
 from aa_jax.training.metrics import read_metrics, series
 
@@ -227,3 +231,26 @@ def test_policy_critic_and_reference_of_ppo_share_one_base(
     trained, start = models.load(tmp_path / "ppo/model")[1], flatten(base)
     moved = {k for k, x in flatten(trained).items() if not np.array_equal(x, start[k])}
     assert len(moved) == 7 and all("language_model/layers/" in k for k in moved)
+
+
+def test_a_stage_of_language_feedback_trains_adapters(checkpoint, preferences, tmp_path):
+    lengths = Lengths(64, 64, 64, 12, 12)
+    lab = Lab(tmp_path, make_mesh(), 0, lengths, batch_rows=8, remat="none")
+    data = runs.load_dataset(
+        "supervised",
+        lab.load(str(checkpoint))[2],
+        path=str(preferences),
+        template="AA_TI2T",
+        keep=8,
+    )
+    figures = pipeline.train_model(
+        tmp_path / "sft", lab, "sft", base=str(checkpoint), examples=data, batch_rows=8, steps=1,
+        optim={"lr": 1e-2, "warmup_steps": 0}, lora={"rank": 2, "targets": ("q_proj",)},
+    )  # fmt: skip
+    assert figures["steps"] == 1
+    names = load_file(tmp_path / "sft/adapter/adapter_model.safetensors")
+    assert len(names) == 2 * (2 + 2)  # A and B in both layers of the tower and of the decoder
+    trained, base = (flatten(models.load(f)[1]) for f in (tmp_path / "sft/model", checkpoint))
+    moved = {path for path in base if not np.array_equal(trained[path], base[path])}
+    assert "language_model/layers/attn/q/kernel" in moved
+    assert all(path.endswith("attn/q/kernel") for path in moved)
