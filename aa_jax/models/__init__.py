@@ -21,6 +21,8 @@ from aa_jax.models.hf import read_config, read_params, write_checkpoint
 from aa_jax.models.llama import modeling as _llama
 from aa_jax.models.llava import modeling as _llava
 from aa_jax.models.llava.params import names as _llava_names
+from aa_jax.models.llava_next import modeling as _llava_next
+from aa_jax.models.llava_next.params import names as _llava_next_names
 from aa_jax.models.names import Names
 from aa_jax.models.qwen import modeling as _qwen
 from aa_jax.models.qwen2_audio import modeling as _qwen2_audio
@@ -50,6 +52,9 @@ ARCHITECTURES: dict[str, Family] = {
     "LlavaForConditionalGeneration": Family(
         "llava", _llava.LlavaConfig, _llava.Llava, _llava_names
     ),
+    "LlavaNextForConditionalGeneration": Family(
+        "llava_next", _llava_next.LlavaNextConfig, _llava_next.LlavaNext, _llava_next_names
+    ),
     "Qwen2AudioForConditionalGeneration": Family(
         "qwen2_audio",
         _qwen2_audio.Qwen2AudioConfig,
@@ -71,6 +76,7 @@ _MODEL_TYPES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
     "qwen2_audio": "Qwen2AudioForConditionalGeneration",
     "chameleon": "ChameleonForConditionalGeneration",
     "qwen2_vl": "Qwen2VLForConditionalGeneration",

@@ -50,7 +50,8 @@ def attach(
         dropout: must be 0.
         full: path globs of base parameters that train in full beside the adapters, e.g.
             "projector/*".
-        path: a PEFT folder to continue from; it gives rank, alpha, targets, rslora and full.
+        path: a PEFT folder to continue from; it gives rank, alpha, targets, rslora and full, and
+            what of them is also given must be the same.
         seed: of A.
         shardings: function of the model that gives the placement of its parameters.
 
@@ -68,14 +69,15 @@ def attach(
             "often a layer is computed again. Use weight decay, a lower rank, or fewer steps."
         )
     if path is not None:
-        if rank or alpha or targets or rslora or full:
-            raise ConfigError(
-                f"lora.path is {path!r}, whose adapter_config.json says rank, alpha, targets, "
-                "rslora and full; leave those out, or leave path out to begin anew."
-            )
         from aa_jax.models import peft  # it needs this module to write a folder
 
         lora, fresh = peft.read(path, model)
+        asked = {"rank": rank, "alpha": alpha, "rslora": rslora or None}
+        if targets is not None:
+            asked["targets"] = find_layers(model, targets, "lora.targets")
+        if full:
+            asked["full"] = _in_full(model, lora.layers, full)
+        _check_stored(path, lora, asked)
     else:
         rank, alpha = 8 if rank is None else rank, 16.0 if alpha is None else alpha
         if rank < 1 or alpha <= 0:
@@ -91,6 +93,16 @@ def attach(
     places = flatten(shardings(adapted)) if shardings is not None else {}
     fresh = {name: jax.device_put(x, places.get(name)) for name, x in fresh.items()}
     return adapted, unflatten({**flatten(params), **fresh})
+
+
+def _check_stored(path: Any, lora: Lora, asked: Mapping[str, Any]) -> None:
+    stored = {**dataclasses.asdict(lora), "targets": lora.layers}
+    for name, value in asked.items():
+        if value is not None and value != stored[name]:
+            raise ConfigError(
+                f"lora.{name} is {value!r}, but the adapter in {path} has {stored[name]!r}; leave "
+                "it out, or give the same, to continue that adapter."
+            )
 
 
 def _first(leaves: Mapping[str, Any], seed: int) -> dict[str, np.ndarray]:
@@ -122,13 +134,15 @@ def quantized(
 
     Args:
         model: a plain model.
-        kind: "nf4" (Dettmers et al., 2023) or "int8".
+        kind: "nf4" (Dettmers et al., 2023), "int8", or "none", which changes nothing.
         block: input features per scale, for nf4.
         targets: linear layers, as for `attach`. None: all of the language model's layers.
 
     Raises:
         ConfigError: an unknown kind, or targets that name no linear layer.
     """
+    if kind == "none":
+        return model
     layers = find_layers(model, targets, "quantize.targets")
     return model.edit(Variant(None, Quantization(kind, block), layers))
 

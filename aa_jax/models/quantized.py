@@ -58,7 +58,7 @@ class Quantization:
     block: int = 64
 
     def __post_init__(self):
-        check_choice("quantize.kind", self.kind, dict.fromkeys(KINDS))
+        check_choice("quantize.kind", self.kind, dict.fromkeys((*KINDS, "none")))
         if self.block < 1:
             raise ConfigError(f"quantize.block is {self.block}; it must be at least 1.")
 

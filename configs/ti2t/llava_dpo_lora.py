@@ -4,14 +4,15 @@ Command:  python launch/train.py --config configs/ti2t/llava_dpo_lora.py \\
               --config.model.path=/ckpt/llava-1.5-7b-hf \\
               --config.data.path=PKU-Alignment/align-anything \\
               --workdir runs/llava_dpo_lora
-Hardware: one accelerator: base and adapters take 5 GB (docs/lora.md), activations the rest; a
-          small checkpoint runs on a CPU. --config.model.quantize=None keeps the base in bfloat16.
+Hardware: one accelerator: base and adapters take 5 GiB (docs/lora.md), activations the rest; a
+          small checkpoint runs on a CPU. --config.model.quantize.kind=none keeps the base in
+          bfloat16, --config.lora.path=<PEFT folder> continues an adapter.
 Time:     not measured on that hardware.
 Expected: accuracy on held-out pairs rises above one half.
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import required_placeholder
+from ml_collections.config_dict import placeholder, required_placeholder
 
 
 def get_config() -> ConfigDict:
@@ -32,6 +33,7 @@ def get_config() -> ConfigDict:
             "targets": ("language_model/layers/*",),
             "rslora": False,
             "full": (),
+            "path": placeholder(str),
         },
         "data": {
             "path": required_placeholder(str),

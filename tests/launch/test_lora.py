@@ -9,10 +9,13 @@ import peft as hf_peft
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 from aa_jax import config, models, objectives, recipes, rl, runs
 from aa_jax.errors import CheckpointError
-from aa_jax.models import adapt, heads
+from aa_jax.llf import pipeline
+from aa_jax.llf.lab import Lab, Lengths
+from aa_jax.models import heads
 from aa_jax.models.names import flatten
 from aa_jax.sharding import make_mesh
 from aa_jax.training import loop
@@ -97,7 +100,7 @@ class Killed(Exception):
 def test_killed_and_continued_bit_for_bit_beside_the_same_base(
     checkpoint, preferences, tmp_path, monkeypatch
 ):
-    cfg = settings("dpo", checkpoint, preferences)
+    cfg = settings("sft", checkpoint, preferences)
     cfg["train"] |= {"steps": 3, "checkpoint_every": 1}
     runs.run(tmp_path / "whole", **cfg)
 
@@ -119,38 +122,46 @@ def test_killed_and_continued_bit_for_bit_beside_the_same_base(
     runs.run(tmp_path / "killed", **cfg)
     for name in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    # An adapter goes on in another run, whose reference is the policy it starts from.
-    cfg["train"]["steps"] = 1
-    more = {**cfg, "lora": {"path": str(tmp_path / "whole/adapter")}}
-    runs.run(tmp_path / "more", **more)
-    first = series(read_metrics(tmp_path / "more", stage="train"), "loss")[1][0]
-    assert first == pytest.approx(np.log(2), abs=1e-6)
 
 
-def test_reference_logps_are_the_bases_and_the_mesh_changes_nothing(
+def first_losses(checkpoint, preferences, folder, mesh, **lora):
+    cfg = settings("dpo", checkpoint, preferences, **lora)
+    cfg["mesh"] = mesh
+    runs.run(folder, **cfg)
+    return series(read_metrics(folder, stage="train"), "loss")[1]
+
+
+def test_the_reference_is_the_base_and_of_a_continued_adapter_its_start(
     checkpoint, preferences, tmp_path, monkeypatch
 ):
-    """The first update of DPO on 1 and on 8 devices (fsdp 2 x tensor 2 x data 2)."""
+    """Log-probs of the reference are those of the plain model; DPO starts at log 2 both ways."""
     seen, kept = [], recipes.reference_logps
 
     def watch(model, params, data, form, rows, mesh, cache=None):
         values = kept(model, params, data, form, rows, mesh, cache)
-        plain, base = models.load(checkpoint)
-        assert adapt.plain(model).abstract() == plain.abstract()
-        expected = kept(plain, base, data, form, rows, make_mesh())
-        np.testing.assert_allclose(values, expected, atol=1e-4)
-        seen.append(values)
+        seen.append((values, data, form, rows, mesh))
         return values
 
     monkeypatch.setattr(recipes, "reference_logps", watch)
-    losses = []
-    for name, mesh in {"one": {"data": -1}, "many": {"fsdp": 2, "tensor": 2, "data": -1}}.items():
-        cfg = settings("dpo", checkpoint, preferences, targets=("*",))
-        cfg["mesh"] = mesh
-        runs.run(tmp_path / name, **cfg)
-        losses.append(series(read_metrics(tmp_path / name, stage="train"), "loss")[1])
-    assert len(seen) == 2
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    mesh = {"fsdp": 2, "tensor": 2, "data": -1}
+    losses = first_losses(checkpoint, preferences, tmp_path / "new", mesh, targets=("*",))
+    plain, base = models.load(checkpoint)
+    np.testing.assert_allclose(seen[0][0], kept(plain, base, *seen[0][1:]), atol=1e-4)
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-6)
+    again = {"path": str(tmp_path / "new/adapter"), "targets": None}
+    losses = first_losses(checkpoint, preferences, tmp_path / "more", mesh, **again)
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-6)
+    assert np.abs(seen[1][0] - seen[0][0]).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_the_mesh_changes_nothing(checkpoint, preferences, tmp_path):
+    """Adapters on every layer, 8 devices: data alone, and fsdp 2 x tensor 2 x data 2."""
+    options = dict(targets=("*",))
+    one = first_losses(checkpoint, preferences, tmp_path / "one", {"data": -1}, **options)
+    mesh = {"fsdp": 2, "tensor": 2, "data": -1}
+    many = first_losses(checkpoint, preferences, tmp_path / "many", mesh, **options)
+    np.testing.assert_allclose(one, many, rtol=1e-5)
 
 
 def buffers(tree):
@@ -220,3 +231,26 @@ def test_policy_critic_and_reference_of_ppo_share_one_base(
     trained, start = models.load(tmp_path / "ppo/model")[1], flatten(base)
     moved = {k for k, x in flatten(trained).items() if not np.array_equal(x, start[k])}
     assert len(moved) == 7 and all("language_model/layers/" in k for k in moved)
+
+
+def test_a_stage_of_language_feedback_trains_adapters(checkpoint, preferences, tmp_path):
+    lengths = Lengths(64, 64, 64, 12, 12)
+    lab = Lab(tmp_path, make_mesh(), 0, lengths, batch_rows=8, remat="none")
+    data = runs.load_dataset(
+        "supervised",
+        lab.load(str(checkpoint))[2],
+        path=str(preferences),
+        template="AA_TI2T",
+        keep=8,
+    )
+    figures = pipeline.train_model(
+        tmp_path / "sft", lab, "sft", base=str(checkpoint), examples=data, batch_rows=8, steps=1,
+        optim={"lr": 1e-2, "warmup_steps": 0}, lora={"rank": 2, "targets": ("q_proj",)},
+    )  # fmt: skip
+    assert figures["steps"] == 1
+    names = load_file(tmp_path / "sft/adapter/adapter_model.safetensors")
+    assert len(names) == 2 * (2 + 2)  # A and B in both layers of the tower and of the decoder
+    trained, base = (flatten(models.load(f)[1]) for f in (tmp_path / "sft/model", checkpoint))
+    moved = {path for path in base if not np.array_equal(trained[path], base[path])}
+    assert "language_model/layers/attn/q/kernel" in moved
+    assert all(path.endswith("attn/q/kernel") for path in moved)

@@ -22,7 +22,11 @@ from aa_jax.training.state import frozen_paths, merge, split
 # What peft does to transformers 5 is not ours to mend.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
-EVERY = ["llama", "qwen2", "qwen3", "llava", "qwen2_vl", "qwen2_5_vl", "qwen2_audio", "chameleon"]
+EVERY = [
+    *("llama", "llava", "llava_next", "qwen2_5_vl", "qwen2_audio", "chameleon"),
+    # Their layers are those of others in this list.
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "qwen3", "qwen2_vl")),
+]
 
 
 def case(world, family):
@@ -34,6 +38,10 @@ def case(world, family):
         config, images = world.llava_config(), [2, 1]
         batch = world.image_batch(config, [13, 9], 14, images)
         return config, batch, lambda m: world.torch_logits(m, batch, images)
+    if family == "llava_next":
+        tiles, rows = world.sibling("next_world"), [[(9, 30)], [(12, 13)]]
+        config, batch = tiles.config(world), tiles.batch(world, rows, 32)
+        return config, batch, lambda m: tiles.torch_logits(world, m, batch, rows)
     if family.endswith("vl"):
         vl = world.sibling("vl_world")
         config = vl.config(world, family)
@@ -101,8 +109,10 @@ def test_logits_of_every_family_are_pefts(family, world, tmp_path):
     assert np.abs(base - expected).max() > 0.1
 
 
-@pytest.mark.parametrize("family", ["llama", "llava"])
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(
+    "family, rslora",
+    [("llama", True), ("llava", False), pytest.param("llava", True, marks=pytest.mark.slow)],
+)
 def test_gradients_and_updates_are_pefts(family, rslora, world, tmp_path):
     """Four Adam updates of A and B alone, from PEFT's own initial adapter."""
     config, batch, torch_logits = case(world, family)
@@ -279,7 +289,6 @@ def test_decoding_with_a_cache_reads_the_adapters(world, tmp_path):
         ({"targets": ("embed/*",)}, ["'embed/*'", "no linear layer"]),
         ({"full": ("layers/attn/q/kernel",)}, ["layers/attn/q/kernel", "has an adapter"]),
         ({"full": ("projectr/*",)}, ["'projectr/*'"]),
-        ({"path": "somewhere", "rank": 4}, ["lora.path", "leave"]),
     ],
 )
 def test_wrong_options_name_the_key(options, words, world):
@@ -318,6 +327,25 @@ def test_adapters_of_another_kind_are_refused(change, words, adapter):
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(CheckpointError) as caught:
         adapt.attach(model, params, path=folder)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"rank": 4}, ["lora.rank is 4", "has 2"]),
+        ({"alpha": 4.0}, ["lora.alpha is 4.0", "has 8.0"]),
+        ({"targets": ("v_proj",)}, ["layers/attn/v", "layers/attn/q"]),
+        ({"rslora": True}, ["lora.rslora is True"]),
+        ({"full": ("norm/*",)}, ["lora.full is ('norm/scale',)"]),
+    ],
+)
+def test_options_beside_a_folder_must_agree_with_it(options, words, adapter):
+    model, params, folder = adapter
+    same = {"rank": 2, "alpha": 8.0, "targets": ("q_proj",)}
+    assert adapt.attach(model, params, path=folder, **same)[0].variant.lora.rank == 2
+    with pytest.raises(ConfigError) as caught:
+        adapt.attach(model, params, path=folder, **options)
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 

@@ -180,12 +180,13 @@ def test_no_wide_kernel_waits_for_the_backward_pass():
 def test_wrong_options_name_the_key(world):
     config = world.llama_config()
     for options, words in [
-        ({"kind": "nf5"}, "quantize.kind is 'nf5'; it must be one of int8, nf4"),
+        ({"kind": "nf5"}, "quantize.kind is 'nf5'; it must be one of int8, nf4, none"),
         ({"block": 0}, "quantize.block is 0"),
         ({"targets": ("lm_head",)}, "quantize.targets names 'lm_head'"),
     ]:
         with pytest.raises(ConfigError, match=words):
             models.build(config, quantize=options)
+    assert models.build(config, quantize={"kind": "none"}).variant == models.build(config).variant
     odd = world.llama_config(intermediate_size=25)
     with pytest.raises(ConfigError, match="25 input features.*int8"):
         models.build(odd, quantize={})
