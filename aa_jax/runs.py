@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from aa_jax import models, recipes, report
+from aa_jax import models, platforms, recipes, report
 from aa_jax.data.dataset import Dataset
 from aa_jax.data.processor import Processor
 from aa_jax.data.sources import open_source
@@ -88,6 +88,7 @@ def run(
     """
     workdir = Path(workdir)
     row = recipes.find_recipe(recipe)
+    platforms.current()  # says in the log what it decides
     devices = make_mesh(**(mesh or {}))
     options = dict(model)
     path = options.pop("path")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aa_jax import models, report
+from aa_jax import models, platforms, report
 from aa_jax.data.processor import Processor
 from aa_jax.errors import ConfigError
 from aa_jax.models import heads
@@ -70,6 +70,7 @@ def run(
     chosen = dict(critic or {})
     if chosen and not kind.critic:
         raise ConfigError(f"{algorithm} has no critic: leave the critic section out.")
+    platforms.current()  # says in the log what it decides
     devices = make_mesh(**(mesh or {}))
     options = dict(model)
     path = options.pop("path")
