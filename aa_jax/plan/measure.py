@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from aa_jax.plan.flops import matmul_flops, model_flops
+from aa_jax.training.flops import matmul_flops, model_flops
 from aa_jax.plan.hlo import Traffic, collectives
 from aa_jax.plan.program import Program
 from aa_jax.plan.targets import Slice

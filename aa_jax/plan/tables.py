@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from aa_jax.plan.chips import CHIPS, GIB
+from aa_jax.platforms.chips import CHIPS, GIB
 from aa_jax.plan.measure import Figures
 
 COLUMNS = (

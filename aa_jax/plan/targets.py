@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aa_jax.errors import ConfigError
-from aa_jax.plan.chips import CHIPS, Chip, find_chip
+from aa_jax.platforms.chips import CHIPS, Chip, find_chip
 from aa_jax.plan.gpu_targets import GPU_TARGETS
 from aa_jax.platforms.target import Target, compiling_for
 

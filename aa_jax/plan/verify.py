@@ -11,7 +11,10 @@ often the weights are sent over the network is printed: about twice with fsdp.
 
 import argparse
 import dataclasses
+import json
 import sys
+from pathlib import Path
+from typing import Any
 
 from aa_jax.plan import targets
 
@@ -38,13 +41,13 @@ class Case:
 CASES = (
     Case("tpu", "v5e:4x4", 1, 4.0),
     Case("tpu", "v5p:2x2x2", 4, 9.0),
-    Case("tpu", "v6e:2x4", 2, 6.0),
+    Case("tpu", "v6e:2x4", 2, 8.0),
     Case("gpu", "h200:8", 4, 7.0),
 )
 
 
-def check(case: Case, model: str = "llava-1.5-7b") -> tuple[str, bool]:
-    """(line to print, whether it passed) of one compiled step.
+def check(case: Case, model: str = "llava-1.5-7b") -> tuple[str, bool, dict[str, Any]]:
+    """(line to print, whether it passed, its figures) of one compiled step.
 
     Args:
       case: what to compile.
@@ -64,19 +67,25 @@ def check(case: Case, model: str = "llava-1.5-7b") -> tuple[str, bool]:
     }
     with place.tracing():
         rows = case.rows * len(place.devices)
-        found = measure.measure(program.build(config, model, place.devices, rows=rows), place)
+        found = measure.measure(
+            program.build(config, model, place.devices, rows=rows), place, "full"
+        )
     if found.refused:
-        return f"FAILED    {case.topology}: {found.refused}", False
+        return f"FAILED    {case.topology}: {found.refused}", False, found.as_dict()
     needed = found.memory["temporaries"] / GIB
     passed = needed <= case.budget and found.fits is not False
     weights = found.memory["parameters"] * len(place.devices)
     moved = sum(found.traffic[k].bytes for k in found.traffic if k != "reduce-scatter") / weights
     return (
-        f"{'ok        ' if passed else 'EXCEEDED  '}DPO step of {model}, {case.topology}, "
-        f"{case.rows} pairs per device: {needed:.2f} of {case.budget:.2f} GiB temporary, "
-        f"{found.total / GIB:.2f} GiB in all, weights gathered {moved:.1f} times, compiled in "
-        f"{found.seconds:.0f} s"
-    ), passed
+        (
+            f"{'ok        ' if passed else 'EXCEEDED  '}DPO step of {model}, {case.topology}, "
+            f"{case.rows} pairs per device: {needed:.2f} of {case.budget:.2f} GiB temporary, "
+            f"{found.total / GIB:.2f} GiB in all, weights gathered {moved:.1f} times, compiled in "
+            f"{found.seconds:.0f} s"
+        ),
+        passed,
+        found.as_dict(),
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,6 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--topology", action="append", help="only these; repeatable")
     parser.add_argument("--libtpu", help="path of a libtpu.so")
     parser.add_argument("--cuda", help="folder of JAX's CUDA plugin")
+    parser.add_argument("--out", type=Path, help="JSON file the figures are added to")
     options = parser.parse_args(arguments)
     wanted = [
         case for case in CASES
@@ -95,7 +105,11 @@ def main(arguments: list[str] | None = None) -> int:
     failed = 0
     for case in wanted:
         targets.prepare(case.topology, options.libtpu, options.cuda)
-        line, passed = check(case)
+        line, passed, figures = check(case)
+        if options.out:
+            kept = json.loads(options.out.read_text()) if options.out.exists() else []
+            kept.append({"what": "LLaVA-1.5-7B DPO", "figures": figures})
+            options.out.write_text(json.dumps(kept, indent=1) + "\n")
         failed += not passed
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
