@@ -9,14 +9,15 @@ import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from aa_jax import losses, objectives
+from aa_jax import hosts, losses, objectives
+from aa_jax.config.runs import HARMLESS
 from aa_jax.data.collate import Shapes, collate
 from aa_jax.data.encoded import EncodedExamples, WithColumn
 from aa_jax.data.loader import Loader, pack
@@ -26,7 +27,7 @@ from aa_jax.data.tokens import Limits, Sizes
 from aa_jax.errors import CheckpointError, ConfigError
 from aa_jax.losses.unpaired import needs_kl
 from aa_jax.models import Model, heads
-from aa_jax.sharding import batch_devices, pad_rows, put_batch, shardings
+from aa_jax.sharding import batch_devices, put_batch, shardings, share
 from aa_jax.training.loop import fit
 from aa_jax.training.optim import make_optimizer
 from aa_jax.training.state import init_state
@@ -81,6 +82,7 @@ RECIPES: dict[str, Recipe] = {
         extras=("label",),
     ),
     "reward": Recipe("preference", "preference", objectives.reward, score_head=True),
+    "cost": Recipe("preference", "preference", objectives.cost, extras=("signs",), score_head=True),
 }
 
 
@@ -128,7 +130,8 @@ def train(
     Args:
       recipe: a key of `RECIPES`.
       model: the architecture.
-      params: its initial parameters; also the reference, where the recipe has one.
+      params: its initial parameters; also the reference, where the recipe has one. Of a model
+        with adapters (`aa_jax.models.adapt`) these alone train and are in checkpoints.
       processor: the model's.
       examples: Examples, or data already encoded (`Dataset`, `EncodedExamples`).
       workdir: run directory.
@@ -186,6 +189,7 @@ def train(
         shapes = _packed_shapes(data.sizes, shapes, pack_length)
         groups = pack(data.sizes, shapes, seed=seed)
     roles: dict[str, Any] = {}
+    frozen = (*model.frozen, *frozen)
     if row.score_head:
         head = heads.init_score_head(model, jax.random.key(seed))
         params = {"model": dict(params), "score_head": head}
@@ -199,8 +203,9 @@ def train(
         cache=reference_cache,
     )  # fmt: skip
     loader = Loader(
-        data, form, batch_rows, epochs=None if steps else epochs, seed=seed, groups=groups
-    )
+        data, form, batch_rows, epochs=None if steps else epochs, seed=seed, groups=groups,
+        share=share(mesh), multiple_of=batch_devices(mesh) * accumulation,
+    )  # fmt: skip
     total = steps or len(loader)
     tx, schedule = make_optimizer(total_steps=total, **(optim or {}))
     evaluate = None
@@ -224,6 +229,8 @@ def train(
         eval_every=eval_every,
         roles=roles,
         config=config,
+        save_frozen=not model.frozen,
+        may_differ=HARMLESS,
     )
     figures = {
         "examples": len(data),
@@ -345,9 +352,9 @@ def reference_logps(
       mesh: device mesh.
       cache: npz file; used if it was made from these very parameters and pairs.
     """
-    key = _fingerprint(params, data)
     path = Path(cache) if cache else None
-    if path and path.exists():
+    key = _fingerprint(params, data) if path else ""
+    if path and hosts.first(path.exists()):
         try:
             stored = np.load(path)
             if str(stored["key"]) == key:
@@ -368,13 +375,13 @@ def reference_logps(
 
     compute = jax.jit(both)
     parts = []
-    for start in range(0, len(data), batch_rows):
-        items = [data[i] for i in range(start, min(start + batch_rows, len(data)))]
-        batch = _placed(form(items, batch_rows=batch_rows), mesh)
-        columns = len(items[0].responses) + ("mismatched" in batch)
-        parts.append(np.asarray(compute(params, batch)).reshape(-1, columns)[: len(items)])
-    values = np.concatenate(parts).astype(np.float32)
-    if path:
+    responses = len(data[0].responses)
+    for batch in _in_order(data, form, batch_rows, mesh):
+        columns = responses + ("mismatched" in batch)
+        found = hosts.to_host(compute(params, batch)).reshape(-1, columns)
+        parts.append(found[:batch_rows])  # what follows only fills up the devices
+    values = np.concatenate(parts)[: len(data)].astype(np.float32)
+    if path and hosts.index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.stem + ".partial.npz")
         np.savez(partial, key=key, values=values)
@@ -382,9 +389,14 @@ def reference_logps(
     return values
 
 
-def _placed(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """The batch on the mesh, whatever its rows: empty ones fill up to the devices."""
-    return put_batch(pad_rows(batch, batch_devices(mesh)), mesh)
+def _in_order(
+    data: Any, form: Callable, batch_rows: int, mesh: jax.sharding.Mesh
+) -> Iterator[dict[str, Any]]:
+    """The data once, in batches on the mesh; each process makes its own rows of them."""
+    own, multiple = share(mesh), batch_devices(mesh)
+    loader = Loader(data, form, batch_rows, shuffle=False, share=own, multiple_of=multiple)
+    for batch in loader:
+        yield put_batch(batch, mesh, own)
 
 
 def _fingerprint(params: Mapping[str, Any], data: Any) -> str:
@@ -392,7 +404,7 @@ def _fingerprint(params: Mapping[str, Any], data: Any) -> str:
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+        digest.update(np.ascontiguousarray(hosts.to_host(leaf)).tobytes())
     for index in range(len(data)):
         item = data[index]
         twin = item.meta.get("mismatched")
@@ -422,9 +434,8 @@ def _evaluation(
 
     def evaluate(state: Mapping[str, Any], step: int) -> dict[str, float]:
         sums = None
-        for start in range(0, len(data), batch_rows):
-            items = [data[i] for i in range(start, min(start + batch_rows, len(data)))]
-            _, metrics = loss(state["params"], _placed(form(items, batch_rows=batch_rows), mesh))
+        for batch in _in_order(data, form, batch_rows, mesh):
+            _, metrics = loss(state["params"], batch)
             metrics = jax.device_get({k: _first(v) for k, v in metrics.items()})
             sums = metrics if sums is None else jax.tree.map(np.add, sums, metrics)
         return {name: float(ratio.mean) for name, ratio in sums.items()}

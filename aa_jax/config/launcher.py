@@ -3,6 +3,7 @@
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from absl import flags
 from rich.console import Console
 from rich.text import Text
 
+from aa_jax import hosts
 from aa_jax.config.files import load, require
 from aa_jax.errors import AaJaxError, ConfigError
 
@@ -46,7 +48,9 @@ def run_main(main: Callable, argv: Sequence[str] | None = None, *, complete: boo
         config with empty placeholders, and None.
 
     Raises:
-      SystemExit: Code 2 after an error a user can fix, 130 after Ctrl-C.
+      SystemExit: Code 2 after an error a user can fix, 130 after Ctrl-C, 75 where another process
+        of the job has ended. One of several processes ends at once: waiting for the others, which
+        wait for it, would hang the job.
     """
     argv = list(sys.argv if argv is None else argv)
     _define_traceback()
@@ -59,12 +63,20 @@ def run_main(main: Callable, argv: Sequence[str] | None = None, *, complete: boo
         if show:
             raise
         _show_error(str(error))
-        raise SystemExit(2) from None
+        hosts.leave(2)
     except KeyboardInterrupt:
         if show:
             raise
         _show_error("interrupted. The same command continues from the last checkpoint.")
-        raise SystemExit(130) from None
+        hosts.leave(130)
+    except Exception as error:
+        if not hosts.joined():
+            raise
+        if (lost := hosts.explain(error)) is not None and not show:
+            _show_error(lost)
+            hosts.leave(hosts.LOST_A_PEER)
+        traceback.print_exc()
+        hosts.leave(1)
 
 
 def _parse(argv: list[str], complete: bool) -> tuple[Any, ...]:

@@ -125,3 +125,44 @@ class Attention(nnx.Module):
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
         y = jnp.einsum("bkgs,bksd->bkgd", weights, values[layer].astype(x.dtype))
         return self.o(y.reshape(x.shape[0], -1)), keys, values
+
+    def decode_behind(
+        self,
+        x: Float[Array, "B D"],
+        angles: Angles,
+        prompts: tuple[Array, Array, Array],
+        keys: Float[Array, "L B K R Dh"],
+        values: Float[Array, "L B K R Dh"],
+        layer: Int[Array, ""],
+        spot: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B D"], Float[Array, "L B K R Dh"], Float[Array, "L B K R Dh"]]:
+        """As `decode`, behind prompts that rows share: nothing of a prompt is copied per row.
+
+        ``prompts`` are keys and values [L,P,K,S,Dh] and lengths [P]; the W = B / P rows of a prompt
+        stand together. ``keys`` and ``values`` hold responses only: a row's token is written at its
+        spot (R: nowhere), and sees the prompt and the response up to itself.
+        """
+        q, k, v = self.qkv(x, angles)
+        rows = jnp.arange(x.shape[0], dtype=jnp.int32)
+        keys = keys.at[layer, rows, :, spot].set(k.astype(keys.dtype), mode="drop")
+        values = values.at[layer, rows, :, spot].set(v.astype(values.dtype), mode="drop")
+        shared_keys, shared_values, lengths = prompts
+        count, room = shared_keys.shape[1], shared_keys.shape[3]
+        q = q.reshape(x.shape[0], self.kv_heads, -1, self.head_dim) * self.head_dim**-0.5
+        grouped = q.reshape(count, -1, *q.shape[1:])
+        wide = dict(preferred_element_type=jnp.float32)
+        before = jnp.einsum("pwkgd,pksd->pwkgs", grouped, shared_keys[layer], **wide)
+        own = jnp.einsum("bkgd,bkrd->bkgr", q, keys[layer], **wide)
+        seen = jnp.arange(room, dtype=jnp.int32)[None, :] < lengths[:, None]
+        lowest = jnp.finfo(jnp.float32).min
+        before = jnp.where(seen[:, None, None, None, :], before, lowest)
+        seen = jnp.arange(keys.shape[3], dtype=jnp.int32)[None, :] <= spot[:, None]
+        own = jnp.where(seen[:, None, None, :], own, lowest)
+        scores = jnp.concatenate([before.reshape(*own.shape[:3], room), own], axis=-1)
+        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
+        left = weights[..., :room].reshape(before.shape)
+        y = jnp.einsum("pwkgs,pksd->pwkgd", left, shared_values[layer].astype(x.dtype))
+        y = y.reshape(q.shape) + jnp.einsum(
+            "bkgr,bkrd->bkgd", weights[..., room:], values[layer].astype(x.dtype)
+        )
+        return self.o(y.reshape(x.shape[0], -1)), keys, values

@@ -198,6 +198,22 @@ class Block(nnx.Module):
         )
         return self.feed_forward(self.add(x, self.attn_norm, y)), keys, values
 
+    def decode_behind(
+        self,
+        x: Float[Array, "B D"],
+        angles: Angles,
+        prompts: tuple[Array, Array, Array],
+        keys: Array,
+        values: Array,
+        layer: Int[Array, ""],
+        spot: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B D"], Array, Array]:
+        """One token per row; see `Attention.decode_behind`."""
+        y, keys, values = self.attn.decode_behind(
+            self.before(self.attn_norm, x), angles, prompts, keys, values, layer, spot
+        )
+        return self.feed_forward(self.add(x, self.attn_norm, y)), keys, values
+
 
 class Decoder(nnx.Module):
     """Token embedding, decoder layers, final norm and output head.
@@ -289,6 +305,8 @@ class Decoder(nnx.Module):
 
     def decode(self, tokens: Int[Array, "B"], cache: Cache) -> tuple[Float[Array, "B D"], Cache]:
         """Family interface: appends one token per row at the row's own length."""
+        if "prompt_k" in cache:
+            return self._decode_behind(tokens, cache)
         length = cache["length"]
         angles = rope.angles(self.config.rope, cache.get("position", length))
 
@@ -300,3 +318,19 @@ class Decoder(nnx.Module):
         (x, keys, values), _ = scan_layers(self.layers, start, body)
         moved = {name: cache[name] + 1 for name in ("length", "position") if name in cache}
         return self.norm(x), {"k": keys, "v": values, **moved}
+
+    def _decode_behind(
+        self, tokens: Int[Array, "B"], cache: Cache
+    ) -> tuple[Float[Array, "B D"], Cache]:
+        """`decode` with a cache of shared prompts, see `models.functional.Model`."""
+        prompts = (cache["prompt_k"], cache["prompt_v"], cache["prompt_length"])
+        spot = cache["spot"]
+        angles = rope.angles(self.config.rope, cache["position"])
+
+        def body(block: Block, carry: tuple, index: Array) -> tuple[tuple, None]:
+            x, keys, values = carry
+            return block.decode_behind(x, angles, prompts, keys, values, index, spot), None
+
+        start = (self.embed(tokens, self.dtype), cache["k"], cache["v"])
+        (x, keys, values), _ = scan_layers(self.layers, start, body)
+        return self.norm(x), {**cache, "k": keys, "v": values}

@@ -9,6 +9,7 @@ import sys
 from numbers import Real
 from pathlib import Path
 
+from aa_jax import hosts
 from aa_jax.errors import ConfigError
 from aa_jax.platforms import target
 from aa_jax.platforms.ascend import ASCEND
@@ -56,6 +57,8 @@ def start(
 ) -> None:
     """Prepares the process; call before the first JAX operation, and before opening a backend.
 
+    Where the environment says so it joins a job of several processes, see `aa_jax.hosts.join`.
+
     Variables the user has already set win. Every variable is read by its own backend only, so all
     are set before anyone knows which one will be found.
 
@@ -92,6 +95,7 @@ def start(
                 "Name a folder that can be written, or leave compilation_cache unset."
             ) from error
         jax.config.update("jax_compilation_cache_dir", str(folder))
+    hosts.join()
 
 
 def environment() -> dict[str, str]:

@@ -127,6 +127,21 @@ class Overlong:
         return Result(soft_overlong(length, self.max_length, self.cache), parts={"tokens": length})
 
 
+class Length:
+    """The response's length in tokens; a weight gives a token its price.
+
+    Args:
+      most: longer ones count as this many; None: no limit.
+    """
+
+    def __init__(self, *, most: int | None = None):
+        self.most = most
+
+    def __call__(self, requests: Sequence[Request]) -> list[Result]:
+        most = float("inf") if self.most is None else self.most
+        return [Result(min(tokens_of(request), most)) for request in requests]
+
+
 def tokens_of(request: Request) -> float:
     """Length of the response in tokens.
 

@@ -2,31 +2,17 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from aa_jax import objectives
+from aa_jax import hosts, objectives
 from aa_jax.data.collate import Batch, Shapes, collate
 from aa_jax.data.tokens import Encoded
 from aa_jax.models import Model, heads
-from aa_jax.sampling import generate, make_sampler
+from aa_jax.sampling import Choice, Sample, SlotSampler, Stop
 from aa_jax.sharding import batch_devices, pad_rows, put_batch
-
-
-class Sample(NamedTuple):
-    """One sampled response.
-
-    Attributes:
-      tokens: int32 ids with the end token, where there is one.
-      logps: float32, log-probability of each at sampling time.
-      finished: False where the length limit cut it.
-    """
-
-    tokens: np.ndarray
-    logps: np.ndarray
-    finished: bool
 
 
 class Actor:
@@ -38,10 +24,12 @@ class Actor:
       mesh: device mesh.
       prompt: static shapes of a prompt batch.
       max_new_tokens: longest response, with its end token.
-      batch_rows: requests sampled at once.
+      batch_rows: samples written at once.
       temperature: > 0; the trainer scores at the same temperature, so that ratios start at 1.
       top_p: nucleus mass.
       top_k: tokens kept; 0 keeps all.
+      min_p: least probability relative to the highest; 0 keeps all.
+      stop: texts that end a response, besides the end tokens.
     """
 
     def __init__(
@@ -56,18 +44,15 @@ class Actor:
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
+        min_p: float = 0.0,
+        stop: Sequence[str] = (),
     ):
         self.model, self.processor, self.mesh = model, processor, mesh
         self.prompt_shapes, self.max_new_tokens = prompt, max_new_tokens
         self.batch_rows, self.temperature = batch_rows, temperature
-        self._sample = make_sampler(
-            model, max_new_tokens=max_new_tokens, eos_ids=processor.stop_ids,
-            pad_id=processor.pad_id, temperature=temperature, top_p=top_p, top_k=top_k,
-        )  # fmt: skip
-        self._greedy = make_sampler(
-            model, max_new_tokens=max_new_tokens, eos_ids=processor.stop_ids,
-            pad_id=processor.pad_id, temperature=0.0,
-        )  # fmt: skip
+        self._choices = {False: Choice(temperature, top_p, top_k, min_p), True: Choice(0.0)}
+        self._stop = Stop(tuple(stop), processor.decode) if stop else None
+        self._samplers: dict[tuple, SlotSampler] = {}
         # Sampled at temperature t, a token's probability is softmax(logits / t).
         self._logps = jax.jit(
             lambda params, batch: (
@@ -83,32 +68,33 @@ class Actor:
         seeds: np.ndarray,
         *,
         greedy: bool = False,
-    ) -> list[Sample]:
-        """One response per prompt; a prompt given twice is answered twice.
+    ) -> list[list[Sample]]:
+        """Samples of every prompt.
 
         Args:
           params: of the policy.
           prompts: encoded, without responses.
-          seeds: one per prompt, uint32; the same seed gives the same response.
+          seeds: [N, G] uint32, one per sample; the same seed gives the same response.
           greedy: take the likeliest token.
         """
-        sampler, out = self._greedy if greedy else self._sample, []
-        for start in range(0, len(prompts), self.batch_rows):
-            some = prompts[start : start + self.batch_rows]
-            batch = collate(
-                some, self.prompt_shapes, "prompt", batch_rows=self.batch_rows,
+        samples = seeds.shape[1]
+        slots = min(len(prompts), self.batch_rows)
+        lanes = max(1, min(samples, self.batch_rows // slots))
+        key = (slots, lanes, samples, greedy)
+        if key not in self._samplers:
+            self._samplers[key] = SlotSampler(
+                self.model, self.mesh, slots=slots, lanes=lanes, samples=samples,
+                max_new_tokens=self.max_new_tokens, eos_ids=self.processor.stop_ids,
+                choice=self._choices[greedy], stop=self._stop,
+            )  # fmt: skip
+
+        def batch(indices: Sequence[int], rows: int) -> Batch:
+            return collate(
+                [prompts[i] for i in indices], self.prompt_shapes, "prompt", batch_rows=rows,
                 pad_id=self.processor.pad_id,
             )  # fmt: skip
-            batch = pad_rows(batch, batch_devices(self.mesh))
-            padded = np.zeros(len(batch["tokens"]), np.uint32)
-            padded[: len(some)] = seeds[start : start + len(some)]
-            found = generate(sampler, params, put_batch(batch, self.mesh), padded)
-            for row in range(len(some)):
-                n = int(found.mask[row].sum())
-                out.append(
-                    Sample(found.tokens[row, :n], found.logps[row, :n], bool(found.finished[row]))
-                )
-        return out
+
+        return self._samplers[key].run(params, len(prompts), batch, seeds)
 
     def text(self, sample: Sample) -> str:
         """The response as text, without its end token."""
@@ -128,7 +114,7 @@ class Actor:
             part = jax.tree.map(lambda x, s=start: x[s : s + rows], batch)
             count = len(part["tokens"])
             part = pad_rows(part, max(rows, batch_devices(self.mesh)))
-            parts.append(np.asarray(function(params, put_batch(part, self.mesh)))[:count])
+            parts.append(hosts.to_host(function(params, put_batch(part, self.mesh)))[:count])
         return np.concatenate(parts).astype(np.float32)
 
 

@@ -7,11 +7,12 @@ from typing import Any
 from aa_jax import models, platforms, report
 from aa_jax.data.processor import Processor
 from aa_jax.errors import ConfigError
-from aa_jax.models import heads
+from aa_jax.models import adapt, heads
+from aa_jax.rewards.base import close
+from aa_jax.rewards.build import make_reward
 from aa_jax.rl.algorithms import find_algorithm
-from aa_jax.rl.learned import RewardModel
 from aa_jax.rl.train import train
-from aa_jax.runs import load_dataset
+from aa_jax.runs import load_dataset, save
 from aa_jax.sharding import make_mesh, shardings
 from aa_jax.training.metrics import read_metrics, series
 
@@ -30,21 +31,27 @@ def run(
     kl: Mapping[str, Any] | None = None,
     objective: Mapping[str, Any] | None = None,
     estimator: Mapping[str, Any] | None = None,
+    reference: str = "reference",
+    allowed_functions: Sequence[str] = (),
     frozen: Sequence[str] = (),
     accumulation: int = 1,
     checkpoint_every: int | None = None,
-    mesh: Mapping[str, int] | None = None,
+    lora: Mapping[str, Any] | None = None,
+    mesh: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Trains a policy and writes `workdir/model` and `workdir/report.html`.
+
+    With low-rank adapters `workdir/model` has them merged in, and `workdir/adapter` is a PEFT
+    folder with them alone.
 
     Args:
       workdir: run directory; the same command again continues.
       algorithm: a key of `aa_jax.rl.algorithms.ALGORITHMS`.
       model: `path` of the policy's Hugging Face folder, and options of `models.load`.
       prompts: keyword arguments of `runs.load_dataset`.
-      reward: `path` of a score model (as `launch/train.py` writes it with the recipe "reward"),
-        and options of `RewardModel` (batch_rows, dtype). Its tokenizer may be another one.
+      reward: see `aa_jax.rewards.build.make_reward`; with `path` alone it is a score model (as
+        `launch/train.py` writes it with the recipe "reward"), whose tokenizer may be another one.
       rollout: keyword arguments of `aa_jax.rl.rollouts.Plan`.
       sampling: `max_new_tokens`, `batch_rows`, `temperature`, `top_p`, `top_k`.
       optim: keyword arguments of `make_optimizer`; `lr` is required.
@@ -53,9 +60,14 @@ def run(
       kl: `coef`, `target`, `gain`, see `aa_jax.rl.algorithms.Controller`.
       objective: options of the loss.
       estimator: options of the advantage estimator.
+      reference: the column (among those the template keeps) that holds the truth a reward judges
+        by, e.g. "answer".
+      allowed_functions: Python functions the reward may import, "package.module:name".
       frozen: path globs of parameters that do not train, in policy and critic.
       accumulation: micro-batches an update is computed in.
       checkpoint_every: updates between checkpoints.
+      lora: keyword arguments of `aa_jax.models.adapt.attach`, for policy and critic; a critic
+        without a path of its own shares the policy's base.
       mesh: sizes for `make_mesh`; default: all devices over data.
       seed: of prompts, samples and minibatches.
 
@@ -80,20 +92,31 @@ def run(
 
     built, params = models.load(path, shardings=place, **options)
     processor = Processor.from_pretrained(path)
-    judge = dict(reward)
     start = None
     if chosen.get("path"):
         start = heads.load(chosen["path"], shardings=place, **options)
-    final, figures = train(
-        algorithm, model=built, params=params, processor=processor,
-        prompts=load_dataset("prompt", processor, **prompts),
-        reward=RewardModel(judge.pop("path"), mesh=devices, **judge),
-        workdir=workdir, mesh=devices, rollout=rollout, sampling=sampling, optim=optim,
-        critic=start, critic_lr_scale=chosen.get("lr_scale", 1.0), kl=kl, objective=objective,
-        estimator=estimator, frozen=frozen, accumulation=accumulation, seed=seed,
-        checkpoint_every=checkpoint_every,
-    )  # fmt: skip
-    models.save(workdir / "model", built, final, extra_files_from=path, overwrite=True)
+    if lora is not None:
+        adapters = {"seed": seed, **lora}
+        built, params = adapt.attach(built, params, shardings=place, **adapters)
+        if start is not None:
+            backbone, values = start
+            backbone, inner = adapt.attach(
+                backbone, values["model"], shardings=place, **{**adapters, "path": None}
+            )
+            start = backbone, {**values, "model": inner}
+    judge = make_reward(reward, mesh=devices, allowed=allowed_functions)
+    try:
+        final, figures = train(
+            algorithm, model=built, params=params, processor=processor,
+            prompts=load_dataset("prompt", processor, **prompts), reward=judge,
+            workdir=workdir, mesh=devices, rollout=rollout, sampling=sampling, optim=optim,
+            critic=start, critic_lr_scale=chosen.get("lr_scale", 1.0), kl=kl, objective=objective,
+            estimator=estimator, reference_key=reference, frozen=frozen,
+            accumulation=accumulation, seed=seed, checkpoint_every=checkpoint_every,
+        )  # fmt: skip
+    finally:
+        close(judge)
+    save(workdir, built, final, path)
     write_report(workdir, f"{algorithm}: {Path(path).name}", figures)
     return figures
 

@@ -25,8 +25,8 @@ from aa_jax.llf.prompts import Lazy
 from aa_jax.llf.respond import read_lines
 from aa_jax.llf.stages import Stage, run_stages, summary, write_json
 from aa_jax.models import heads
-from aa_jax.rewards.base import Request, Result
-from aa_jax.rl.learned import RewardModel
+from aa_jax.rewards.learned import RewardModel
+from aa_jax.rewards.oracle import Oracle
 from aa_jax.rl.train import train
 from aa_jax.sharding.mesh import make_mesh
 from aa_jax.training.metrics import read_metrics
@@ -112,8 +112,8 @@ def run(
         if len(pairs) < 2:
             raise DataError(
                 f"{len(pairs)} of {shown} pairs of answers in {workdir / 'collect'} can be "
-                f"labelled by the {labels}: the others are tied, empty or cut off. Train the initial model "
-                "longer (start.sft.steps) or raise start.preference_prompts."
+                f"labelled by the {labels}: the others are tied, empty or cut off. Train the "
+                "initial model longer (start.sft.steps) or raise start.preference_prompts."
             )
         held = max(1, len(pairs) // 10)
         model, params, processor = lab.load(base)
@@ -161,7 +161,7 @@ def run(
     def cell_of(cell: Path, arm: str, own: dict, lr: float, learned: RewardModel) -> dict:
         model, params, processor = lab.load(base)
         stage_name = f"rl.{cell.name}"
-        payer = {"learned": learned, "oracle": oracle_reward}[own.pop("reward", "learned")]
+        payer = {"learned": learned, "oracle": Oracle()}[own.pop("reward", "learned")]
         final, figures = train(
             own.pop("algorithm", arm), model=model, params=params, processor=processor,
             prompts=tasks(records("train", prompts, shown)), reward=payer, workdir=workdir,
@@ -215,11 +215,6 @@ def run(
         Stage("evaluate_rl", "held-out images, judged by the oracle", evaluate_stage, ("rl",)),
     ]
     return run_stages(workdir, stages, only=stage)
-
-
-def oracle_reward(requests: Sequence[Request]) -> list[Result]:
-    """The mean grade of the oracle, 0 to 3; the task is the request's reference."""
-    return [Result(float(digits.overall(r.reference, r.response))) for r in requests]
 
 
 def labelled_pairs(workdir: Path, records: Sequence, labels: str) -> list[Example]:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from aa_jax import hosts
 from aa_jax.data.collate import Batch, collate
 from aa_jax.data.tokens import Encoded
 from aa_jax.errors import ConfigError, DataError
@@ -76,13 +77,14 @@ class Rollouts(Iterator[Batch]):
       sources: the same prompts as Examples, as the reward wants to see them.
       actor: samples and scores.
       reward: see `aa_jax.rewards`; a request's prompt is the Example, its reference the prompt's
-        meta["reference"].
+        meta under `reference_key`.
       estimator: `Experience -> arrays`, see `rl.estimators`.
       plan: sizes.
       seed: of the order of prompts, the samples and the minibatches.
       policy: takes the policy's parameters out of the trained ones.
       critic: takes the critic's, or None.
       reference: parameters of the reference, or None.
+      reference_key: where a prompt's meta holds the truth.
       controller: KL price: has `coef` and `update(kl, tokens)`; None: `kl_coef` 0.
       score_rows: prompts scored at once.
       writer: opens a `MetricWriter` for the figures of every iteration.
@@ -102,6 +104,7 @@ class Rollouts(Iterator[Batch]):
         policy: Callable[[Any], Any] = lambda params: params,
         critic: Callable[[Any], Any] | None = None,
         reference: Any = None,
+        reference_key: str = "reference",
         controller: Any = None,
         score_rows: int = 16,
         writer: Callable[[], MetricWriter] | None = None,
@@ -112,6 +115,7 @@ class Rollouts(Iterator[Batch]):
         self.prompts, self.sources, self.actor, self.reward = prompts, sources, actor, reward
         self.estimator, self.plan, self.seed = estimator, plan, seed
         self._policy, self._critic, self._reference = policy, critic, reference
+        self._reference_key = reference_key
         self._controller, self._score_rows = controller, score_rows
         self._open_writer, self._watch = writer, watch
         self._writer: MetricWriter | None = None
@@ -212,9 +216,7 @@ class Rollouts(Iterator[Batch]):
         indices = self._chosen()
         encoded = [self.prompts[i] for i in indices]
         seeds = self._generator(2).integers(0, 2**32, (plan.prompts, plan.samples), np.uint32)
-        repeated = [item for item in encoded for _ in range(plan.samples)]
-        flat = actor.respond(params, repeated, seeds.reshape(-1))
-        samples = [flat[i : i + plan.samples] for i in range(0, len(flat), plan.samples)]
+        samples = actor.respond(params, encoded, seeds)
         texts = [[actor.text(sample) for sample in group] for group in samples]
         scores = self._pay(indices, texts, samples)
         valid = scores.valid.reshape(plan.prompts, plan.samples)
@@ -263,8 +265,16 @@ class Rollouts(Iterator[Batch]):
                     **prompt.meta, "response_tokens": len(sample.tokens),
                     "finished": sample.finished,
                 }  # fmt: skip
-                requests.append(Request(prompt, text, prompt.meta.get("reference"), meta))
-        return evaluate(self.reward, requests)
+                requests.append(Request(prompt, text, prompt.meta.get(self._reference_key), meta))
+        scores = evaluate(self.reward, requests)
+        if hosts.count() == 1:
+            return scores
+        # Every process asks, as a learned reward needs all of them; a judge that times out or
+        # draws may tell each something else, but what is trained on must be the same.
+        values, valid = hosts.first([scores.values.tolist(), scores.valid.tolist()])
+        return dataclasses.replace(
+            scores, values=np.array(values, np.float32), valid=np.array(valid, bool)
+        )
 
     def _check_logps(self, samples: Sequence[Sequence[Sample]], logps: np.ndarray) -> float:
         """Largest difference between the sampler's and the trainer's log-prob of a token."""

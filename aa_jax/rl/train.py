@@ -53,6 +53,7 @@ def train(
     kl: Mapping[str, Any] | None = None,
     objective: Mapping[str, Any] | None = None,
     estimator: Mapping[str, Any] | None = None,
+    reference_key: str = "reference",
     frozen: Sequence[str] = (),
     accumulation: int = 1,
     seed: int = 0,
@@ -68,7 +69,9 @@ def train(
     Args:
       algorithm: a key of `aa_jax.rl.algorithms.ALGORITHMS`.
       model: the policy's architecture.
-      params: its initial parameters; also the reference, unless one is given.
+      params: its initial parameters; also the reference, unless one is given. Of a model with
+        adapters (`aa_jax.models.adapt`) these alone train, and policy, critic and reference share
+        the base's arrays.
       processor: the policy's.
       prompts: prompt-only Examples, or a `Dataset` of the task "prompt"; by random access.
       reward: see `aa_jax.rewards`: requests in, one value each out.
@@ -85,6 +88,7 @@ def train(
         the reward; others take ``objective={"kl_coef": ...}``.
       objective: options of the loss (clip_low, kl_coef, entropy_coef, value_clip, ...).
       estimator: options of the advantage estimator (gamma, lam, whiten, scale, ...).
+      reference_key: where a prompt's meta holds the truth a reward judges by.
       frozen: path globs of parameters that do not train, in policy and critic.
       accumulation: micro-batches an update is computed in.
       seed: of prompts, samples and minibatches.
@@ -126,9 +130,11 @@ def train(
         backbone, critic_params = critic or (model, _new_critic(model, params, seed))
         start = {"policy": params, "critic": critic_params}
         axes = {"policy": axes, "critic": heads.axes(backbone)}
-        frozen = [f"{side}/{glob}" for side in ("policy", "critic/model") for glob in frozen]
+        sides = {"policy": model, "critic/model": backbone}
+        frozen = [f"{at}/{glob}" for at, m in sides.items() for glob in (*m.frozen, *frozen)]
         loss = objectives.actor_critic(model, backbone, **options)
     else:
+        frozen = (*model.frozen, *frozen)
         loss = objectives.policy(model, **options)
     priced = row.kl == "reward" or bool(options.get("kl_coef", row.loss == "grpo"))
     estimate = find_estimator(row.estimator)
@@ -141,7 +147,7 @@ def train(
     tx, schedule = make_optimizer(total_steps=plan.updates, lr_scales=scales, **optim)
     rollouts = Rollouts(
         prompts=data, sources=_Examples(data), actor=actor, reward=reward, estimator=estimated,
-        plan=plan, seed=seed,
+        plan=plan, seed=seed, reference_key=reference_key,
         policy=(lambda p: p["policy"]) if row.critic else (lambda p: p),
         critic=(lambda p: p["critic"]) if row.critic else None,
         reference=(params if reference is None else reference) if priced else None,
@@ -162,6 +168,7 @@ def train(
             batches=rollouts, total_steps=plan.updates, workdir=workdir, stage=stage,
             checkpoint_every=checkpoint_every, log_every=plan.epochs * plan.minibatches,
             evaluate=evaluated if evaluate else None, eval_every=eval_every, config=config,
+            save_frozen=not model.frozen,
         )  # fmt: skip
     figures = {
         "prompts": len(data), "dropped": dict(data.report.dropped), "updates": int(state["step"]),

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aa_jax import hosts
 from aa_jax.errors import ConfigError
+from aa_jax.sampling.choose import Choice
 from aa_jax.sampling.constraints import Constraint
-from aa_jax.sampling.draw import draw
-from aa_jax.sampling.filters import check_sampling, filter_logits
 
 
 class Samples(NamedTuple):
@@ -44,6 +44,7 @@ def make_sampler(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    min_p: float = 0.0,
     constraint: Constraint | None = None,
 ) -> Callable[..., Samples]:
     """Compiles prefill and decode into `sample(params, batch, seeds) -> Samples`.
@@ -56,6 +57,7 @@ def make_sampler(
       temperature: 0 is greedy.
       top_p: nucleus mass in (0, 1]; 1 keeps every token.
       top_k: tokens kept; 0 keeps every token.
+      min_p: least probability relative to the highest; 0 keeps every token.
       constraint: takes tokens away before one is chosen, see `aa_jax.sampling.constraints`.
 
     Returns:
@@ -65,7 +67,7 @@ def make_sampler(
     Raises:
       ConfigError: settings outside their range, or a constraint no response can satisfy.
     """
-    check_sampling(temperature, top_p, top_k)
+    choose = Choice(temperature, top_p, top_k, min_p)
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}; at least 1 token must be sampled.")
     if not eos_ids:
@@ -74,23 +76,12 @@ def make_sampler(
     if constraint is not None:
         constraint.check(max_new_tokens)
 
-    def choose(logits, keys, step, state):
+    def pick(logits, keys, step, state):
         """One token per row and its log-prob: [B, V] -> ([B] int32, [B] float32)."""
-        logits = logits.astype(jnp.float32)
-        if temperature > 0:
-            logits = logits / temperature
-        open_ = logits
+        allowed = None
         if constraint is not None:
             allowed = constraint.allowed(state, max_new_tokens - step)
-            open_ = jnp.where(allowed, logits, -jnp.inf)
-        if temperature > 0:
-            open_ = filter_logits(open_, top_k=top_k, top_p=top_p)
-            keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
-            token = draw(keys, open_)
-        else:
-            token = jnp.argmax(open_, axis=-1)
-        picked = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-        return token.astype(jnp.int32), picked - jax.nn.logsumexp(logits, axis=-1)
+        return choose(logits, keys, jnp.broadcast_to(step, logits.shape[:1]), allowed)
 
     def sample(params, batch, seeds):
         rows, prompt_length = batch["tokens"].shape
@@ -103,7 +94,7 @@ def make_sampler(
         state = None
         if constraint is not None:
             state = constraint.start(batch["tokens"], batch["last_positions"][:, 0])
-        token, logp = choose(logits, keys, jnp.int32(0), state)
+        token, logp = pick(logits, keys, jnp.int32(0), state)
         state = None if constraint is None else constraint.advance(state, token)
         is_end = jnp.any(token[:, None] == ends[None, :], axis=-1)
         tokens = jnp.full((rows, max_new_tokens), pad_id, jnp.int32).at[:, 0].set(token)
@@ -117,7 +108,7 @@ def make_sampler(
         def advance(carry):
             step, done, token, tokens, logps, mask, cache, state = carry
             hidden, cache = model.decode(params, token, cache)
-            token, logp = choose(hidden @ head.T, keys, step, state)
+            token, logp = pick(hidden @ head.T, keys, step, state)
             state = None if constraint is None else constraint.advance(state, token)
             token = jnp.where(done, pad_id, token)
             write = jax.lax.dynamic_update_index_in_dim
@@ -152,4 +143,4 @@ def generate(
     """
     keep = ("tokens", "positions", "intervals", "last_positions", "feature_index", "media")
     inputs = {key: batch[key] for key in keep if key in batch}
-    return jax.device_get(sampler(params, inputs, np.asarray(seeds, np.uint32)))
+    return jax.tree.map(hosts.to_host, sampler(params, inputs, np.asarray(seeds, np.uint32)))

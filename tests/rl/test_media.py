@@ -14,8 +14,8 @@ from aa_jax.data.processor import Processor
 from aa_jax.data.tokens import encode_example
 from aa_jax.llf.respond import respond
 from aa_jax.models import heads
+from aa_jax.rewards.learned import RewardModel
 from aa_jax.rl.actor import Actor, with_responses
-from aa_jax.rl.learned import RewardModel
 from aa_jax.sampling import make_sampler
 from aa_jax.sharding import make_mesh
 
@@ -83,11 +83,8 @@ def test_sampler_and_trainer_agree(media, mesh):
         model, processor, mesh, prompt=plan_shapes(encoded, "prompt"), max_new_tokens=5,
         batch_rows=len(encoded),
     )  # fmt: skip
-    draws = [
-        actor.respond(params, encoded, np.arange(len(encoded), dtype=np.uint32) + 100 * k)
-        for k in (0, 1)
-    ]
-    pairs = list(zip(*draws, strict=True))
+    seeds = np.arange(len(encoded), dtype=np.uint32)[:, None] + np.uint32([0, 100])
+    pairs = actor.respond(params, encoded, seeds)
     answered = [with_responses(item, pair) for item, pair in zip(encoded, pairs, strict=True)]
     batch = collate(answered, plan_shapes(answered, "group"), "group")
     logps = actor.logps(params, batch, len(encoded))

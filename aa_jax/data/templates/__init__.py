@@ -22,7 +22,7 @@ TEMPLATES: dict[str, Template] = {
 _KEYS = (
     ("prompt", "image", "audio", "video", "system")
     + ("response", "chosen", "rejected", "response_1", "response_2", "label")
-    + ("critique", "critique_1", "critique_2")
+    + ("critique", "critique_1", "critique_2", "reference")
 )
 
 
@@ -54,7 +54,8 @@ def from_columns(columns: Mapping[str, str | Sequence[str]]) -> Template:
       columns: e.g. ``{"prompt": "q", "image": "img", "chosen": "good", "rejected": "bad"}``.
         ``response`` for supervised data; ``response_1``, ``response_2`` and ``label`` (1 or 2)
         for labelled pairs; ``critique`` (of the response) or ``critique_1``, ``critique_2`` for
-        language feedback; ``system`` is a text, not a column.
+        language feedback; ``system`` is a text, not a column; ``reference`` is kept in the meta
+        data under the column's name, for rewards.
 
     Raises:
       DataError: an unknown or missing key.
@@ -94,4 +95,5 @@ def from_columns(columns: Mapping[str, str | Sequence[str]]) -> Template:
         critiques=critiques,
         critiqued=critiqued,
         system=str(columns["system"]) if "system" in columns else None,
+        meta=names("reference") if "reference" in columns else (),
     )

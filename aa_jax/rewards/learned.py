@@ -1,4 +1,4 @@
-"""A learned reward: a score model that reads prompt and response in its own tokens."""
+"""Learned rewards and costs: score models that read prompt and response in their own tokens."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from aa_jax import hosts
 from aa_jax.data.collate import Shapes, collate, grow, plan_shapes
 from aa_jax.data.example import Example, InvalidRow
 from aa_jax.data.processor import Processor
@@ -18,37 +19,41 @@ from aa_jax.sharding import batch_devices, pad_rows, put_batch, shardings
 class RewardModel:
     """Scores responses with a model that `heads.save` wrote.
 
+    An empty response gets the lowest score of its batch: it is the policy's doing, so it must not
+    be masked.
+
     Args:
-      folder: the score model, with its own tokenizer and chat template.
+      path: the score model, with its own tokenizer and chat template.
       mesh: device mesh.
       batch_rows: responses scored at once.
       dtype: compute type.
     """
 
+    worst = staticmethod(np.nanmin)
+
     def __init__(
         self,
-        folder: str,
+        path: str,
         *,
         mesh: jax.sharding.Mesh,
         batch_rows: int = 64,
         dtype: str = "float32",
     ):
         self.model, self.params = heads.load(
-            folder, dtype=dtype, shardings=lambda m: shardings(m.axes(), m.abstract(), mesh)
+            path, dtype=dtype, shardings=lambda m: shardings(m.axes(), m.abstract(), mesh)
         )
-        self.processor = Processor.from_pretrained(folder)
+        self.processor = Processor.from_pretrained(path)
         self.mesh, self.batch_rows = mesh, batch_rows
         self._score = jax.jit(lambda params, batch: heads.score(self.model, params, batch)[:, 0])
         self._shapes: Shapes | None = None
 
     def __call__(self, requests: Sequence[Request]) -> list[Result]:
-        """One score per response. An empty one gets the lowest score of its batch: it is the
-        policy's doing, so it must not be masked."""
+        """One score per response."""
         values = self.scores([r.example for r in requests], [r.response for r in requests])
         return [Result(float(value)) for value in values]
 
     def scores(self, prompts: Sequence[Example], texts: Sequence[str]) -> np.ndarray:
-        """[N] float32; an empty text gets the lowest score of the others (0 if there is none)."""
+        """[N] float32; an empty text gets the worst score of the others (0 if there is none)."""
         encoded, rows = [], []
         for index, text in enumerate(texts):
             try:
@@ -60,8 +65,12 @@ class RewardModel:
                     raise
         found = np.full(len(texts), np.nan, np.float32)
         found[rows] = self._scores(encoded) if encoded else []
-        lowest = np.nanmin(found) if encoded else np.float32(0)
-        return np.where(np.isnan(found), lowest, found).astype(np.float32)
+        # Only empty ones: a model that answers NaN is not silently given the worst score.
+        empty = np.ones(len(texts), bool)
+        empty[rows] = False
+        known = found[np.isfinite(found)]
+        worst = self.worst(known) if len(known) else np.float32(0)
+        return np.where(empty, worst, found).astype(np.float32)
 
     def _scores(self, encoded: Sequence) -> np.ndarray:
         needed = plan_shapes(encoded, "supervised", multiple_of=16)
@@ -77,6 +86,15 @@ class RewardModel:
             )  # fmt: skip
             batch = pad_rows(batch, batch_devices(self.mesh))
             out.append(
-                np.asarray(self._score(self.params, put_batch(batch, self.mesh)))[: len(some)]
+                hosts.to_host(self._score(self.params, put_batch(batch, self.mesh)))[: len(some)]
             )
         return np.concatenate(out)
+
+
+class CostModel(RewardModel):
+    """Scores how harmful responses are: above 0 is unsafe (`aa_jax.losses.cost`).
+
+    An empty response gets the highest cost of its batch: saying nothing is no way out of a limit.
+    """
+
+    worst = staticmethod(np.nanmax)

@@ -1,0 +1,404 @@
+"""Continuous batching: many samples of many prompts through a fixed number of slots.
+
+A slot holds one prompt, prefilled once with its media. Its W lanes write samples of that prompt
+side by side and read the prompt's keys and values without a copy; a lane whose sample has ended
+begins the prompt's next one in the same compiled loop. When a slot's samples are done, the next
+prompt moves in. Nothing waits for the longest response of a batch, and no prompt is computed or
+stored twice.
+
+A sample depends on its prompt and its seed only: not on slot, lane, neighbours, or who came before.
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from aa_jax.errors import ConfigError
+from aa_jax.sampling.choose import Choice
+from aa_jax.sampling.constraints import Constraint
+from aa_jax.sharding.batches import put_batch
+from aa_jax.sharding.mesh import BATCH_AXES, batch_devices
+
+State = dict[str, Any]
+_CACHES = ("prompt_k", "prompt_v", "k", "v")  # their rows are on the second axis
+_INPUTS = ("tokens", "positions", "intervals", "last_positions", "feature_index", "media")
+
+
+class Sample(NamedTuple):
+    """One sampled response.
+
+    Attributes:
+      tokens: int32 ids with the end token, where there is one.
+      logps: float32, log-probability of each under softmax(logits / temperature) over the whole
+        vocabulary, before any truncation (greedy: temperature 1).
+      finished: False where the length limit cut it.
+    """
+
+    tokens: np.ndarray
+    logps: np.ndarray
+    finished: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Stop:
+    """Texts that end a response, found on the host while the device writes on.
+
+    The response ends with the token that completes the first of them; both stay in it.
+
+    Attributes:
+      texts: any of them ends a response.
+      decode: ids -> text.
+      every: tokens between two looks; up to so many are written in vain.
+    """
+
+    texts: tuple[str, ...]
+    decode: Callable[[np.ndarray], str]
+    every: int = 16
+
+    def __post_init__(self):
+        if not self.texts or not all(self.texts) or self.every < 1:
+            raise ConfigError(
+                f"stop texts are {self.texts}, looked for every {self.every} tokens: give at least "
+                "one text, none of them empty, and at least 1."
+            )
+
+    def length(self, tokens: np.ndarray) -> int | None:
+        """Tokens up to the one that completes a stop text; None if there is none."""
+
+        def holds(count: int) -> bool:
+            text = self.decode(tokens[:count])
+            return any(stop in text for stop in self.texts)
+
+        if not holds(len(tokens)):
+            return None
+        return bisect.bisect_left(range(1, len(tokens) + 1), True, key=holds) + 1
+
+
+class SlotSampler:
+    """Samples through `slots` prompts with `lanes` samples of each at a time.
+
+    Args:
+      model: an `aa_jax.models` Model.
+      mesh: device mesh; slots are spread over its batch axes.
+      slots: prompts at a time.
+      lanes: samples of a prompt at a time.
+      samples: G, most samples of a prompt.
+      max_new_tokens: R, the longest response including its end token.
+      eos_ids: tokens that end a response.
+      choice: temperature and truncation.
+      constraint: takes tokens away before one is chosen.
+      stop: texts that end a response.
+      prefill_rows: prompts prefilled together; a slot waits until so many are free. Default: a
+        quarter of the slots.
+
+    Raises:
+      ConfigError: sizes below 1, no end token, or a constraint no response can satisfy.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        mesh: Mesh,
+        *,
+        slots: int,
+        lanes: int = 1,
+        samples: int = 1,
+        max_new_tokens: int,
+        eos_ids: Sequence[int],
+        choice: Choice | None = None,
+        constraint: Constraint | None = None,
+        stop: Stop | None = None,
+        prefill_rows: int | None = None,
+    ):
+        sizes = {"slots": slots, "lanes": lanes, "samples": samples,
+                 "max_new_tokens": max_new_tokens}  # fmt: skip
+        if wrong := [f"{name} is {size}" for name, size in sizes.items() if size < 1]:
+            raise ConfigError(f"{', '.join(wrong)}; at least 1.")
+        if not eos_ids:
+            raise ConfigError("eos_ids is empty: a response could never end. Give the tokenizer's.")
+        if constraint is not None:
+            constraint.check(max_new_tokens)
+        many = batch_devices(mesh)
+        self.model, self.mesh, self.choice = model, mesh, choice or Choice()
+        self.slots, self.lanes, self.samples = -(-slots // many) * many, lanes, samples
+        self.room, self.constraint, self.stop = max_new_tokens, constraint, stop
+        rows = max(1, self.slots // 4) if prefill_rows is None else prefill_rows
+        self.prefill_rows = min(-(-rows // many) * many, self.slots)
+        self._ends = np.asarray(sorted(eos_ids), np.int32)
+        self._state_places: Any = None
+        self._jitted: dict[str, Any] = {}
+        self._empty: dict[tuple, Callable[[], State]] = {}
+
+    # ------------------------------------------------------------------ on the host
+
+    def run(
+        self,
+        params: Any,
+        count: int,
+        prompts: Callable[[Sequence[int], int], Mapping[str, Any]],
+        seeds: np.ndarray,
+        limits: np.ndarray | None = None,
+    ) -> list[list[Sample]]:
+        """Samples of `count` prompts, in their order.
+
+        Args:
+          params: the model's parameters.
+          count: N.
+          prompts: ``(indices, rows) -> batch`` of the layout "prompt" with so many rows; always of
+            the same shapes.
+          seeds: [N, G] uint32, one per sample.
+          limits: [N, G], longest response of each sample in tokens, 1 to R; None: R for all.
+        """
+        seeds = np.asarray(seeds, np.uint32)
+        limits = np.full(seeds.shape, self.room) if limits is None else np.asarray(limits)
+        if seeds.shape[1] > self.samples or limits.max() > self.room or limits.min() < 1:
+            raise ConfigError(
+                f"{seeds.shape[1]} samples of up to {limits.max()} tokens each were asked for, but "
+                f"this sampler was made for {self.samples} of 1 to {self.room}."
+            )
+        found: list[list[Sample]] = [[] for _ in range(count)]
+        pending, holds = list(range(count)), np.full(self.slots, -1)
+        state = None
+        while True:
+            free = np.flatnonzero(holds < 0)
+            while pending and len(free):
+                some = pending[: min(self.prefill_rows, len(free))]
+                del pending[: len(some)]
+                batch = prompts(some, self.prefill_rows)
+                inputs = {name: batch[name] for name in _INPUTS if name in batch}
+                if state is None:
+                    state = self._start(params, inputs)
+                state = self._admit(params, state, inputs, free[: len(some)], seeds[some],
+                                    limits[some])  # fmt: skip
+                holds[free[: len(some)]] = some
+                free = free[len(some) :]
+            if not (holds >= 0).any():
+                return found
+            wake = min(self.prefill_rows, len(pending)) if pending else self.slots
+            state = self._jit("decode", self._decode, 1)(params, state, np.int32(wake))
+            state = self._collect(state, holds, found, seeds.shape[1])
+
+    def _start(self, params: Any, inputs: Mapping[str, Any]) -> State:
+        key = tuple(np.shape(x) for x in jax.tree.leaves(inputs))
+        if key not in self._empty:
+            self._empty[key] = self._make_empty(params, inputs)
+        return self._empty[key]()
+
+    def _make_empty(self, params: Any, inputs: Mapping[str, Any]) -> Callable[[], State]:
+        """A program that makes the state of empty slots, for prompts of these shapes."""
+        shapes = jax.eval_shape(self._new_state, params, inputs)
+        self._state_places = {
+            name: jax.tree.map(
+                lambda _, n=name: NamedSharding(
+                    self.mesh, P(None, BATCH_AXES) if n in _CACHES else P(BATCH_AXES)
+                ),
+                leaf,
+            )
+            for name, leaf in shapes.items()
+        }
+
+        def zeros() -> State:
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        return jax.jit(zeros, out_shardings=self._state_places)
+
+    def _admit(
+        self,
+        params: Any,
+        state: State,
+        inputs: Mapping[str, Any],
+        where: np.ndarray,
+        seeds: np.ndarray,
+        limits: np.ndarray,
+    ) -> State:
+        slots = np.full(self.prefill_rows, self.slots, np.int32)  # beyond the last: dropped
+        slots[: len(where)] = where
+        wide = np.zeros((2, self.prefill_rows, self.samples), np.uint32)
+        wide[0, : len(where), : seeds.shape[1]] = seeds
+        wide[1, : len(where), : seeds.shape[1]] = limits
+        due = np.where(slots < self.slots, seeds.shape[1], 0).astype(np.int32)
+        new = {"seeds": wide[0], "limits": wide[1].astype(np.int32), "samples": due}
+        function = self._jit("prefill", self._prefill, 1)
+        return function(params, state, put_batch(dict(inputs), self.mesh), slots, new)
+
+    def _collect(
+        self, state: State, holds: np.ndarray, found: list[list[Sample]], samples: int
+    ) -> State:
+        """Takes the samples of slots that are done, and ends those that met a stop text."""
+        names = ("next", "samples", "live", "sample", "tokens", "logps", "lengths", "finished")
+        seen = jax.device_get({name: state[name] for name in names})
+        live = seen["live"].reshape(self.slots, self.lanes)
+        done = ~live.any(1) & (seen["next"] >= seen["samples"])
+        for slot in np.flatnonzero(done & (holds >= 0)):
+            rows = zip(*(seen[name][slot][:samples] for name in names[4:]), strict=True)
+            found[holds[slot]] = [self._sample(*row) for row in rows]
+            holds[slot] = -1
+        if self.stop is None or done.all():
+            return state
+        limits = np.full((self.slots, self.samples), self.room, np.int32)
+        sample = seen["sample"].reshape(live.shape)
+        for slot, lane in zip(*np.nonzero(live), strict=True):
+            at = (slot, sample[slot, lane])
+            if self.stop.length(seen["tokens"][at][: seen["lengths"][at]]) is not None:
+                limits[at] = 1
+        shorten = self._jit("shorten", lambda _, state, new: {
+            **state, "limits": jnp.minimum(state["limits"], new)}, 1)  # fmt: skip
+        return shorten(None, state, limits)
+
+    def _sample(self, tokens: Any, logps: Any, length: Any, finished: Any) -> Sample:
+        count, ended = int(length), bool(finished)
+        if self.stop is not None and (at := self.stop.length(tokens[:count])) is not None:
+            count, ended = at, True
+        return Sample(tokens[:count].copy(), logps[:count].copy(), ended)
+
+    def _jit(self, name: str, function: Callable, donated: int) -> Any:
+        if name not in self._jitted:
+            self._jitted[name] = jax.jit(
+                function, donate_argnums=donated, out_shardings=self._state_places
+            )
+        return self._jitted[name]
+
+    # ------------------------------------------------------------------ inside jit
+
+    def _new_state(self, params: Any, inputs: Mapping[str, Any]) -> State:
+        """Its shapes: P slots of S tokens, B = P · W lanes, G samples of R tokens per slot."""
+        hidden, cache, start = self._read_prompts(params, inputs)
+        lanes = self.slots * self.lanes
+
+        def rows(x: Any, count: int, axis: int = 0) -> Any:
+            shape = [*x.shape]
+            shape[axis] = count
+            return jnp.zeros(shape, x.dtype)
+
+        keys = rows(cache["k"], lanes, 1)
+        keys = jnp.zeros((*keys.shape[:3], self.room, keys.shape[4]), keys.dtype)
+        each = jnp.zeros((self.slots, self.samples), jnp.int32)
+        written = jnp.zeros((self.slots, self.samples, self.room), jnp.int32)
+        number, lane = jnp.zeros(self.slots, jnp.int32), jnp.zeros(lanes, jnp.int32)
+        return {
+            "prompt_k": rows(cache["k"], self.slots, 1),
+            "prompt_v": rows(cache["v"], self.slots, 1),
+            "prompt_length": number, "prompt_position": number,
+            "first": rows(hidden, self.slots),
+            "start": jax.tree.map(lambda x: rows(x, self.slots), start),
+            "next": number, "samples": number, "seeds": each.astype(jnp.uint32), "limits": each,
+            "k": keys, "v": keys,
+            "sample": lane, "count": lane, "live": lane != 0, "token": lane,
+            "constraint": jax.tree.map(lambda x: rows(x, lanes), start),
+            "tokens": written, "logps": written.astype(jnp.float32),
+            "lengths": each, "finished": each != 0,
+        }  # fmt: skip
+
+    def _read_prompts(self, params: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+        """Prefill: (hidden state before the first token [A, D], cache, constraint's state)."""
+        features = None
+        if "media" in inputs:
+            features = self.model.encode_media(params, inputs["media"])
+        width = inputs["tokens"].shape[1]
+        hidden, cache = self.model.prefill(params, inputs, width, features)
+        last = jnp.asarray(inputs["last_positions"])[:, :1]
+        hidden = jnp.take_along_axis(hidden, last[..., None], axis=1)[:, 0]
+        start = ()
+        if self.constraint is not None:
+            start = self.constraint.start(jnp.asarray(inputs["tokens"]), last[:, 0])
+        return hidden, cache, start
+
+    def _prefill(
+        self, params: Any, state: State, inputs: Mapping[str, Any], slots: Any, new: Any
+    ) -> State:
+        hidden, cache, start = self._read_prompts(params, inputs)
+        rows = {
+            "prompt_length": cache["length"],
+            "prompt_position": cache.get("position", cache["length"]),
+            "first": hidden, "start": start, "next": jnp.zeros_like(slots),
+            "lengths": jnp.zeros_like(new["limits"]), "finished": new["limits"] < 0, **new,
+        }  # fmt: skip
+        state = dict(state)
+        for name, value in rows.items():
+            state[name] = jax.tree.map(
+                lambda old, x: old.at[slots].set(x.astype(old.dtype), mode="drop"),
+                state[name], value,
+            )  # fmt: skip
+        for name in ("k", "v"):
+            old = state[f"prompt_{name}"]
+            state[f"prompt_{name}"] = old.at[:, slots].set(cache[name], mode="drop")
+        return state
+
+    def _decode(self, params: Any, state: State, wake: Any) -> State:
+        """Steps until `wake` slots are done (or have never been filled), or it is time to look."""
+        head = self.model.head(params)
+        kept = {n: state[n] for n in ("prompt_k", "prompt_v", "prompt_length", "prompt_position",
+                                      "first", "start", "samples", "seeds", "limits")}  # fmt: skip
+        moving = {name: value for name, value in state.items() if name not in kept}
+        most = self.stop.every if self.stop is not None else self.room * (self.samples + 1)
+
+        def going(carry: tuple) -> Any:
+            step, now = carry
+            live = now["live"].reshape(self.slots, self.lanes).any(1)
+            done = ~live & (now["next"] >= kept["samples"])
+            return (step < most) & (jnp.sum(done) < wake)
+
+        def advance(carry: tuple) -> tuple:
+            step, now = carry
+            return step + 1, self._step(params, head, kept, now)
+
+        _, moving = jax.lax.while_loop(going, advance, (jnp.int32(0), moving))
+        return {**state, **moving}
+
+    def _step(self, params: Any, head: Any, kept: State, now: State) -> State:
+        slot = jnp.repeat(jnp.arange(self.slots, dtype=jnp.int32), self.lanes)
+        # Lanes without work take their prompt's next samples, in order.
+        idle = ~now["live"].reshape(self.slots, self.lanes)
+        turn = now["next"][:, None] + jnp.cumsum(idle, axis=1, dtype=jnp.int32) - 1
+        takes = idle & (turn < kept["samples"][:, None])
+        begun = takes.reshape(-1)
+        sample = jnp.where(begun, turn.reshape(-1), now["sample"])
+        count = jnp.where(begun, 0, now["count"])
+        live = now["live"] | begun
+        # The token written last enters the cache; a new sample has none and reads the prompt's end.
+        cache = {
+            **{name: kept[name] for name in ("prompt_k", "prompt_v", "prompt_length")},
+            "k": now["k"], "v": now["v"],
+            "spot": jnp.where(live & (count > 0), count - 1, self.room),
+            "position": kept["prompt_position"][slot] + count - 1,
+        }  # fmt: skip
+        hidden, cache = self.model.decode(params, now["token"], cache)
+        hidden = jnp.where((count == 0)[:, None], kept["first"][slot], hidden)
+        allowed = state = None
+        if self.constraint is not None:
+            state = jax.tree.map(
+                lambda start, old: jnp.where(
+                    begun.reshape(-1, *[1] * (old.ndim - 1)), start[slot], old
+                ),
+                kept["start"], now["constraint"],
+            )  # fmt: skip
+            left = jnp.maximum(kept["limits"][slot, sample] - count, 1)
+            allowed = jax.vmap(self._allowed)(state, left)
+        keys = jax.vmap(jax.random.key)(kept["seeds"][slot, sample])
+        token, logp = self.choice(hidden @ head.T, keys, count, allowed)
+        if self.constraint is not None:
+            state = self.constraint.advance(state, token)
+        ended = jnp.any(token[:, None] == self._ends[None, :], axis=-1)
+        count = count + 1
+        row = jnp.where(live, sample, self.samples)  # beyond the last: not written
+        return {
+            "k": cache["k"], "v": cache["v"], "token": token, "sample": sample, "count": count,
+            "live": live & ~ended & (count < kept["limits"][slot, sample]),
+            "constraint": () if state is None else state,
+            "next": now["next"] + jnp.sum(takes, axis=1, dtype=jnp.int32),
+            "tokens": now["tokens"].at[slot, row, count - 1].set(token, mode="drop"),
+            "logps": now["logps"].at[slot, row, count - 1].set(logp, mode="drop"),
+            "lengths": now["lengths"].at[slot, row].set(count, mode="drop"),
+            "finished": now["finished"].at[slot, row].set(ended, mode="drop"),
+        }  # fmt: skip
+
+    def _allowed(self, state: Any, room: Any) -> Any:
+        """The constraint of one row: each has its own room left."""
+        return self.constraint.allowed(jax.tree.map(lambda x: x[None], state), room)[0]
