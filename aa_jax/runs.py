@@ -179,7 +179,14 @@ def run(
     save(workdir, built, final, path, score_head=row.score_head)
     rows = read_metrics(workdir, stage="train")
     names = sorted({name for line in rows for name in line} - {"stage", "step", "time"})
-    hidden = ("step_seconds", "data_seconds", "compute_seconds", "skipped", "loss_gap")
+    hidden = (
+        "step_seconds",
+        "data_seconds",
+        "compute_seconds",
+        "checkpoint_seconds",
+        "skipped",
+        "loss_gap",
+    )
     charts = [
         report.Curves(name, {name: series(rows, name)}) for name in names if name not in hidden
     ]

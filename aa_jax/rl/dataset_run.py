@@ -125,7 +125,7 @@ def write_report(workdir: Path, title: str, figures: Mapping[str, Any]) -> Path:
     """report.html with the curves of the rollouts and of the updates."""
     charts = []
     hidden = {"stage", "step", "time", "nonfinite", "step_seconds", "data_seconds",
-              "compute_seconds", "skipped", "loss_gap"}  # fmt: skip
+              "compute_seconds", "checkpoint_seconds", "skipped", "loss_gap"}  # fmt: skip
     for stage, per in (("rl.rollout", "iteration"), ("rl", "update")):
         rows = read_metrics(workdir, stage=stage)
         for name in sorted({name for line in rows for name in line} - hidden):
