@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 BIN = $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart test test-slow reproduce bench verify-tpu lint clean
+.PHONY: quickstart test test-slow reproduce bench verify-tpu verify-gpu lint clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -35,9 +35,20 @@ bench: $(VENV)/.installed-test  ## side-by-side measurements with their baseline
 	$(BIN)/python benchmarks/llava_dpo.py
 	$(BIN)/python benchmarks/dpo_memory.py
 
-verify-tpu: $(VENV)/.installed  ## compiles every TPU kernel for v5e, v5p and v6e, without one
+verify-tpu: $(VENV)/.installed  ## compiles every TPU kernel and a whole step for v5e, v5p and v6e, without one
 	$(BIN)/python -m pip install --quiet --quiet --no-deps --upgrade --target build/libtpu libtpu
 	$(BIN)/python -m aa_jax.kernels.verify --platform tpu --libtpu build/libtpu/libtpu/libtpu.so
+	$(BIN)/python -m aa_jax.plan.verify --platform tpu --libtpu build/libtpu/libtpu/libtpu.so
+
+# The plug-in must be of JAX's own version; its tools and cuDNN come without the rest of CUDA.
+verify-gpu: $(VENV)/.installed  ## compiles every GPU program and a whole step for H200, without one
+	rm -rf build/cuda
+	$(BIN)/python -m pip install --quiet --quiet --no-deps --target build/cuda \
+	  $$($(BIN)/python -c 'import jax; print(*(f"jax-cuda13-{p}=={jax.__version__}" for p in ("plugin", "pjrt")))') \
+	  nvidia-cuda-nvcc nvidia-nvvm nvidia-nvjitlink nvidia-cuda-runtime nvidia-cuda-crt \
+	  nvidia-cuda-nvrtc nvidia-cublas nvidia-cudnn-cu13
+	$(BIN)/python -m aa_jax.kernels.verify --platform gpu --cuda build/cuda
+	$(BIN)/python -m aa_jax.plan.verify --platform gpu --cuda build/cuda
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -125,6 +125,7 @@ def train(
     log_every: int = 10,
     eval_examples: Sequence | None = None,
     eval_every: int | None = None,
+    profile: int | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Trains a model by a recipe; called again with the same `workdir` it continues.
@@ -158,6 +159,8 @@ def train(
       log_every: updates per line of metrics.
       eval_examples: held-out data; the objective's figures on it are logged as "eval/...".
       eval_every: updates between evaluations; they also run at the end.
+      profile: updates before a trace of the next ones is written, see
+        `aa_jax.training.observe.Observer`.
       config: of the run, kept in the checkpoint.
 
     Returns:
@@ -241,6 +244,7 @@ def train(
         roles=roles,
         config=config,
         save_frozen=not model.frozen,
+        profile=profile,
         may_differ=HARMLESS,
     )
     figures = {

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aa_jax import models, recipes, report
+from aa_jax import models, platforms, recipes, report
 from aa_jax.data.dataset import Dataset
 from aa_jax.data.mixed import Mixed
 from aa_jax.data.processor import Processor
@@ -153,6 +153,7 @@ def run(
     """
     workdir = Path(workdir)
     row = recipes.find_recipe(recipe)
+    platforms.current()  # says in the log what it decides
     devices = make_mesh(**(mesh or {}))
     options = dict(model)
     path = options.pop("path")
@@ -178,7 +179,14 @@ def run(
     save(workdir, built, final, path, score_head=row.score_head)
     rows = read_metrics(workdir, stage="train")
     names = sorted({name for line in rows for name in line} - {"stage", "step", "time"})
-    hidden = ("step_seconds", "data_seconds", "compute_seconds", "skipped", "loss_gap")
+    hidden = (
+        "step_seconds",
+        "data_seconds",
+        "compute_seconds",
+        "checkpoint_seconds",
+        "skipped",
+        "loss_gap",
+    )
     charts = [
         report.Curves(name, {name: series(rows, name)}) for name in names if name not in hidden
     ]

@@ -31,19 +31,19 @@ def topology(chip: str, devices: int) -> str:
 
 
 def compiled(place, model: str, *, layers: int, rows_per_device: int, length: int):
-    """(Figures, seconds of tracing and compiling) of one step."""
-    from aa_jax.plan import command, measure, program
+    """(Figures, CPU seconds of tracing and compiling) of one step; CPU, because others use the machine."""
+    from aa_jax.plan import command, measure, program  # after preparing: it imports jax
 
     cfg = config.load(str(ROOT / "configs/ti2t/llava_dpo.py"), [])
     resolved, _ = command.resolve(cfg, command.Wishes(model, place.name))
     with place.tracing():
-        start = time.perf_counter()
+        start = time.process_time()
         step = program.build(
             resolved, model, place.devices, rows=rows_per_device * len(place.devices),
             layout=program.Layout(length=length), layers=layers,
         )  # fmt: skip
         figures = measure.measure(step, place, "full")
-    return figures, time.perf_counter() - start
+    return figures, time.process_time() - start
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def main() -> None:
         )
         result["scaling"].append(dataclasses.asdict(figures))
 
-    print(f"\n{'layers':>8}{'trace + compile':>18}{'ratio':>8}")
+    print(f"\n{'layers':>8}{'CPU time':>18}{'ratio':>8}")
     place = targets.open_slice(topology(args.chip, 8))
     for layers in args.layers:
         seconds = min(

@@ -27,6 +27,7 @@ HARMLESS = (
     "*keep_last",
     "*keep_every",
     "*progress",
+    "*profile",
     "*workers",
     "*prefetch",
     "*compilation_cache*",

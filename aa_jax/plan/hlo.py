@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 
 KINDS = (
     "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all",
@@ -39,8 +40,9 @@ def collectives(text: str) -> dict[str, Traffic]:
     """Collectives of a program by kind, those in loops as often as they run.
 
     A loop's trip count is what the compiler notes, or else the constant its condition compares the
-    counter with. A collective that the compiler has cut into pieces which run beside other work
-    (the same ``channel_id`` in several computations) counts once.
+    counter with over what its body adds to the counter, from 0. A collective that the compiler has
+    cut into pieces which run beside other work (the same ``channel_id`` in several computations)
+    counts once.
 
     Args:
       text: ``compiled.as_text()``.
@@ -62,8 +64,9 @@ def collectives(text: str) -> dict[str, Traffic]:
             unnamed += channel is None
             key = kind, channel[1] if channel else f"{instruction}#{unnamed}"
             size = _size(rest, kind, started=operation.endswith("-start"))
-            known = seen.get(key, (0, 0))
-            seen[key] = max(known, (times[name], size))
+            # Of its pieces, those that start and end it run once, those in between in a loop.
+            known = seen.get(key, (times[name], size))
+            seen[key] = min(known[0], times[name]), max(known[1], size)
     out: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for (kind, _), (count, size) in seen.items():
         out[kind][0] += count
@@ -103,7 +106,7 @@ def _multiplicities(computations: dict[str, list[tuple[str, str]]], entry: str) 
         times[name] += factor
         for _, rest in computations.get(name, ()):
             if loop := _WHILE.search(rest):
-                trips = _trips(rest, computations.get(loop[1], ()))
+                trips = _trips(rest, computations.get(loop[1], ()), computations.get(loop[2], ()))
                 pending.append((loop[2], factor * trips))
                 continue
             for group, single in _CALLED.findall(rest):
@@ -114,21 +117,46 @@ def _multiplicities(computations: dict[str, list[tuple[str, str]]], entry: str) 
     return times
 
 
-def _trips(loop: str, condition: list[tuple[str, str]]) -> int:
+def _trips(loop: str, condition: Sequence[tuple[str, str]], body: Sequence[tuple[str, str]]) -> int:
     if known := _TRIPS.search(loop):
         return int(known[1])
-    constants = {
-        name: int(value[1])
-        for name, rest in condition
-        if (value := re.search(r"\bconstant\((\d+)\)", rest))
-    }
+    constants, elements = _constants(condition), _elements(condition)
     for _, rest in condition:
         if "direction=LT" in rest and "compare(" in rest:
-            for name in re.findall(r"%[\w.\-]+", rest.split("compare(")[1].split(")")[0]):
-                if name in constants:
-                    return constants[name]
+            operands = _operands(rest, "compare")
+            bounds = [constants[name] for name in operands if name in constants]
+            counters = [elements[name] for name in operands if name in elements]
+            if bounds:
+                return -(-bounds[0] // _increment(body, counters[0] if counters else None))
     # The comparison lies in a fusion that is handed its bound.
     return max(constants.values(), default=1)
+
+
+def _increment(body: Sequence[tuple[str, str]], element: int | None) -> int:
+    """What a loop's body adds to its counter, an element of the carried tuple."""
+    if element is None or not body:
+        return 1
+    constants, named = _constants(body), dict(body)
+    results = _operands(body[-1][1], "tuple")
+    if element >= len(results) or " add(" not in named.get(results[element], ""):
+        return 1
+    added = _operands(named[results[element]], "add")
+    return next((constants[name] for name in added if constants.get(name)), 1)
+
+
+def _constants(lines: Sequence[tuple[str, str]]) -> dict[str, int]:
+    found = ((name, re.search(r"\bconstant\((\d+)\)", rest)) for name, rest in lines)
+    return {name: int(value[1]) for name, value in found if value}
+
+
+def _elements(lines: Sequence[tuple[str, str]]) -> dict[str, int]:
+    found = ((name, re.search(r"get-tuple-element\(.*index=(\d+)", rest)) for name, rest in lines)
+    return {name: int(value[1]) for name, value in found if value}
+
+
+def _operands(rest: str, operation: str) -> list[str]:
+    inside = _strip_layouts(rest).split(f" {operation}(", 1)[-1].split(")")[0]
+    return re.findall(r"%[\w.\-]+", inside)
 
 
 def _strip_layouts(rest: str) -> str:

@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 
-from aa_jax.plan.flops import matmul_flops, model_flops
 from aa_jax.plan.hlo import Traffic, collectives
 from aa_jax.plan.program import Program
 from aa_jax.plan.targets import Slice
+from aa_jax.training.flops import matmul_flops, model_flops
 
 _USED = re.compile(r"(?:Used|required for HLO temporaries) \(?([\d.]+)([KMGT])i?B?")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from aa_jax import models, recipes
 from aa_jax.data.collate import Shapes, collate
 from aa_jax.errors import ConfigError
-from aa_jax.models import Model, heads
+from aa_jax.models import Model, adapt, heads
 from aa_jax.plan.presets import model_config, with_layers
 from aa_jax.rl import objectives
 from aa_jax.rl.algorithms import find_algorithm
@@ -100,6 +100,8 @@ def build(
     mesh = make_mesh(**(config.get("mesh") or {}), devices=devices)
     hf_config = model_config(model_name)
     model = models.build(with_layers(hf_config, layers) if layers else hf_config, **options)
+    if config.get("lora"):
+        model, _ = adapt.attach(model, model.abstract(), **config["lora"])
     layout = layout or Layout()
     if "recipe" in config:
         return _supervised(config, model, mesh, rows, accumulation, layout)
@@ -121,7 +123,8 @@ def _supervised(
 ) -> Program:
     train, row = config["train"], recipes.find_recipe(config["recipe"])
     objective = row.objective(model, **(config.get("objective") or {}))
-    params, axes, frozen = model.abstract(), model.axes(), list(train.get("frozen") or ())
+    params, axes = model.abstract(), model.axes()
+    frozen = [*model.frozen, *(train.get("frozen") or ())]
     if row.score_head:
         params, axes = _score_model(model)
         frozen = [f"model/{glob}" for glob in frozen]
@@ -156,7 +159,8 @@ def _on_policy(
     new, samples = sampling["max_new_tokens"], plan.get("samples", 1)
     if kind.loss == "dr_grpo":
         loss["budget"] = float(new)
-    params, axes, frozen = model.abstract(), model.axes(), list(config.get("frozen") or ())
+    params, axes = model.abstract(), model.axes()
+    frozen = [*model.frozen, *(config.get("frozen") or ())]
     if kind.critic:
         score, score_axes = _score_model(model)
         params, axes = {"policy": params, "critic": score}, {"policy": axes, "critic": score_axes}

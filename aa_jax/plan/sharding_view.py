@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from aa_jax.plan.chips import GIB
 from aa_jax.plan.program import Program
+from aa_jax.platforms.chips import GIB
 from aa_jax.sharding.rules import path_name
 
 _COLOURS = {

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from aa_jax.plan.chips import CHIPS, GIB
 from aa_jax.plan.measure import Figures
+from aa_jax.platforms.chips import CHIPS, GIB
 
 COLUMNS = (
     "what", "slice", "rows per device × accumulation", "remat", "parameters", "optimizer",

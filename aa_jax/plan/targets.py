@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from aa_jax.errors import ConfigError
-from aa_jax.plan.chips import CHIPS, Chip, find_chip
 from aa_jax.plan.gpu_targets import GPU_TARGETS
+from aa_jax.platforms.chips import CHIPS, Chip, find_chip
 from aa_jax.platforms.target import Target, compiling_for
 
 # In the order in which they need each other.
@@ -60,6 +60,7 @@ def prepare(topology: str, libtpu: str | None = None, cuda: str | None = None) -
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs, so others may compile as well
     }.items():
         os.environ.setdefault(name, value)
     library = Path(libtpu or "build/libtpu/libtpu/libtpu.so")

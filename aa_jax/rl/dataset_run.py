@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aa_jax import models, report
+from aa_jax import models, platforms, report
 from aa_jax.data.processor import Processor
 from aa_jax.errors import ConfigError
 from aa_jax.models import adapt, heads
@@ -82,6 +82,7 @@ def run(
     chosen = dict(critic or {})
     if chosen and not kind.critic:
         raise ConfigError(f"{algorithm} has no critic: leave the critic section out.")
+    platforms.current()  # says in the log what it decides
     devices = make_mesh(**(mesh or {}))
     options = dict(model)
     path = options.pop("path")
@@ -124,7 +125,7 @@ def write_report(workdir: Path, title: str, figures: Mapping[str, Any]) -> Path:
     """report.html with the curves of the rollouts and of the updates."""
     charts = []
     hidden = {"stage", "step", "time", "nonfinite", "step_seconds", "data_seconds",
-              "compute_seconds", "skipped", "loss_gap"}  # fmt: skip
+              "compute_seconds", "checkpoint_seconds", "skipped", "loss_gap"}  # fmt: skip
     for stage, per in (("rl.rollout", "iteration"), ("rl", "update")):
         rows = read_metrics(workdir, stage=stage)
         for name in sorted({name for line in rows for name in line} - hidden):

@@ -24,6 +24,7 @@ from aa_jax.losses.base import Ratio
 from aa_jax.sharding.batches import Share, pad_rows, put_batch, rows
 from aa_jax.training.checkpoint import Checkpointer, check_fingerprint
 from aa_jax.training.metrics import MetricWriter
+from aa_jax.training.observe import Observer
 from aa_jax.training.progress import Progress
 from aa_jax.training.state import TrainState, as_abstract, frozen_paths, merge, split
 from aa_jax.training.step import Step
@@ -57,6 +58,7 @@ def fit(
     may_differ: Sequence[str] = (),
     skip_nonfinite: bool = False,
     save_frozen: bool = True,
+    profile: int | None = None,
 ) -> TrainState:
     """Trains until `total_steps` updates are done or the batches end, and returns the state.
 
@@ -91,6 +93,7 @@ def fit(
         stopping.
       save_frozen: False leaves the step's frozen parameters out of the checkpoints; the state must
         bring the same ones again.
+      profile: When to write a trace of some steps, see `aa_jax.training.observe.Observer`.
 
     Raises:
       AaJaxError: The loss or a gradient is not finite.
@@ -101,7 +104,9 @@ def fit(
         if every < 1:
             raise ConfigError(f"{name} must be at least 1, got {every}")
     folder = Path(workdir) / "checkpoints" / stage
+    watch = Observer(state, step.frozen, workdir, stage, profile)
     with ExitStack() as stack:
+        stack.callback(watch.close)
         saver = stack.enter_context(
             Checkpointer(folder, keep_last=keep_last, keep_best=keep_best, best_mode=best_mode)
         )
@@ -140,8 +145,8 @@ def fit(
             run.add(at, jax.device_get(metrics), tokens, skip_nonfinite)
             if at % log_every == 0 or at == total_steps:
                 run.collect()
-                figures = run.figures()
-                writer.write(at, figures)
+                steps, figures = run.steps, run.figures()
+                writer.write(at, figures | watch.figures(figures, steps))
                 progress.update(at, loss=figures["loss"])
 
         def evaluate_now() -> None:
@@ -156,12 +161,14 @@ def fit(
             scores = run.scores if run.evaluated == run.step else {}
             held = () if save_frozen else frozen_paths(state["params"], step.frozen)
             outside = {f"params/{path}" for path in held}
-            saver.save(run.step, state, batches.get_state(), meta, scores, outside)
+            with watch.saving():
+                saver.save(run.step, state, batches.get_state(), meta, scores, outside)
             saved = run.step
 
         while run.step < total_steps:
             if hasattr(batches, "set_params"):
                 batches.set_params(state["params"])
+            watch.before(run.step)
             began = time.perf_counter()
             try:
                 batch = next(batches)
@@ -169,7 +176,7 @@ def fit(
                 break
             batch, tokens = _prepare(batch, step, run, share)
             run.data_seconds += time.perf_counter() - began
-            with jax.transfer_guard("disallow"):
+            with watch.step(run.step), jax.transfer_guard("disallow"):
                 state, metrics = step(state, batch, **roles)
             settle()  # the previous step, so that the device is never idle while the host reads
             run.step += 1
@@ -192,7 +199,8 @@ def fit(
         settle()
         if run.steps:
             run.collect()
-            writer.write(run.step, run.figures())
+            steps, figures = run.steps, run.figures()
+            writer.write(run.step, figures | watch.figures(figures, steps))
         if evaluate and run.evaluated != run.step:
             evaluate_now()
         if saved != run.step:

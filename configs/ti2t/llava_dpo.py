@@ -40,5 +40,6 @@ def get_config() -> ConfigDict:
             "frozen": ("vision_tower/*",),
             "checkpoint_every": 500,
             "log_every": 10,
+            "profile": placeholder(int),  # updates before a trace of three
         },
     })  # fmt: skip

@@ -31,9 +31,24 @@ def _pallas_tpu_refuses(q, **_):
 
 def _cudnn(q, k, v, intervals, scale):
     # Intervals are given for the causal mask alone: `_cudnn_refuses` lets no others through.
-    return jax.nn.dot_product_attention(
-        q, k, v, scale=scale, is_causal=intervals is not None, implementation="cudnn"
+    return even_lengths(q, k, v, scale, causal=intervals is not None)
+
+
+def even_lengths(q, k, v, scale, *, causal, implementation="cudnn"):
+    """cuDNN has no gradient at odd lengths: one more token is added, hidden, and cut off."""
+    (rows, queries), keys = q.shape[:2], k.shape[1]
+    lengths = {}
+    if queries % 2 or keys % 2:
+        more = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))  # noqa: E731
+        q, k, v = more(q), more(k), more(v)
+        lengths = {
+            "query_seq_lengths": jnp.full((rows,), queries, jnp.int32),
+            "key_value_seq_lengths": jnp.full((rows,), keys, jnp.int32),
+        }
+    out = jax.nn.dot_product_attention(
+        q, k, v, scale=scale, is_causal=causal, implementation=implementation, **lengths
     )
+    return out[:, :queries]
 
 
 def _cudnn_refuses(q, mask, **_):
