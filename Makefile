@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/quickstart
+# Test processes. Most of a test's time is one thread that compiles; each needs some 3 GiB.
+JOBS ?= 2
 BIN = $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -23,10 +25,10 @@ quickstart: $(VENV)/.installed  ## learn from language feedback on the digits wo
 	$(BIN)/python launch/llf.py --config configs/ti2t/digits_llf.py --workdir $(RUN)
 
 test: $(VENV)/.installed-test  ## the default tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: $(VENV)/.installed-test  ## every test, the slow ones too
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'slow or not slow'
 
 reproduce: $(VENV)/.installed  ## LLF with several training seeds, wider grids, Figure 5 and Table 3
 	$(BIN)/python launch/reproduce.py --config configs/ti2t/digits_llf_reproduce.py --workdir runs/reproduce
