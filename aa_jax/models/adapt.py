@@ -187,6 +187,11 @@ def _in_decoder(path: str) -> bool:
     return path.removeprefix("language_model/").startswith("layers/")
 
 
+def layer_of(path: str) -> str:
+    """The path of the layer a leaf belongs to."""
+    return path.removesuffix("/codes").removesuffix("/scales").rpartition("/")[0]
+
+
 def _in_full(model: Model, layers: Sequence[str], globs: Sequence[str]) -> tuple[str, ...]:
     paths = flatten(model.abstract())
     chosen: set[str] = set()
@@ -198,11 +203,12 @@ def _in_full(model: Model, layers: Sequence[str], globs: Sequence[str]) -> tuple
                 f"{next(iter(paths))!r}, or a branch as 'branch/*'."
             )
         chosen |= found
-    bound = {f"{layer}/kernel" for layer in layers} | set(model.frozen)
-    if both := sorted(chosen & bound):
+    # PEFT stores a layer as adapted or as a whole, so its bias cannot train beside an adapter.
+    taken = {*layers, *model.variant.quantized}
+    if both := sorted(path for path in chosen if layer_of(path) in taken):
         raise ConfigError(
-            f"lora.full names {', '.join(both[:3])}, which has an adapter or is quantised; leave "
-            "it out of lora.full, or out of lora.targets and quantize.targets."
+            f"lora.full names {', '.join(both[:3])}, whose layer has an adapter or is quantised; "
+            "leave it out of lora.full, or its layer out of lora.targets and quantize.targets."
         )
     return tuple(path for path in paths if path in chosen)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from aa_jax.errors import CheckpointError, ModelError
 from aa_jax.models import safetensors
-from aa_jax.models.adapt import plain
+from aa_jax.models.adapt import layer_of, plain
 from aa_jax.models.functional import Model, Params
 from aa_jax.models.hf import check_target, whole, write_folder
 from aa_jax.models.lora import Lora
@@ -73,7 +73,7 @@ def save(
 
     Raises:
         CheckpointError: the folder exists.
-        ModelError: the model has no adapters, or trains in full what PEFT cannot store.
+        ModelError: the model has no adapters.
     """
     lora = model.variant.lora
     if lora is None:
@@ -158,6 +158,10 @@ def read(path: str | os.PathLike[str], model: Model) -> tuple[Lora, dict[str, np
     if wrong := sorted(adapted_layers - {f"{layer}/kernel" for layer in linear_layers(rules)}):
         problems.append(f"{', '.join(wrong)} is no linear layer")
         lora = dataclasses.replace(lora, layers=())
+    held = {path for path in lora.full if layer_of(path) in model.variant.quantized}
+    if held:
+        problems.append(f"it trains {', '.join(sorted(held))}, whose layer is quantised here")
+        lora = dataclasses.replace(lora, full=())
     adapted = flatten(model.edit(dataclasses.replace(model.variant, lora=lora)).abstract())
     expected = _pieces(model, lora, rules, adapted)
     problems += [f"{name} is missing" for name in expected if name not in entries]
@@ -216,11 +220,6 @@ def _pieces(
         for leaf, end in zip(ADAPTER, ENDS, strict=True):
             add(layer + leaf, rule, TRANSPOSE, end)
     for path in _saved_whole(lora, rules):
-        if path not in leaves or path.removesuffix("/kernel") in lora.layers:
-            raise ModelError(
-                f"PEFT stores a module that trains in full as a whole, but {path} beside one of "
-                "lora.full has an adapter or is quantised; save the merged model with models.save."
-            )
         add(path, rules[path], rules[path].transform)
     return pieces
 

@@ -287,12 +287,14 @@ def test_decoding_with_a_cache_reads_the_adapters(world, tmp_path):
         ({"dropout": 0.1}, ["dropout is 0.1", "only 0"]),
         ({"targets": ("q_prj",)}, ["'q_prj'", "q_proj", "layers/attn/q"]),
         ({"targets": ("embed/*",)}, ["'embed/*'", "no linear layer"]),
-        ({"full": ("layers/attn/q/kernel",)}, ["layers/attn/q/kernel", "has an adapter"]),
+        ({"full": ("layers/attn/q/*",)}, ["layers/attn/q/kernel", "has an adapter"]),
+        ({"full": ("*/bias",), "biased": True}, ["layers/attn/k/bias", "has an adapter"]),
         ({"full": ("projectr/*",)}, ["'projectr/*'"]),
     ],
 )
 def test_wrong_options_name_the_key(options, words, world):
-    model = models.build(world.llama_config())
+    biased = options.pop("biased", False)
+    model = models.build(world.llama_config(attention_bias=biased))
     with pytest.raises(ConfigError) as caught:
         adapt.attach(model, model.abstract(), **options)
     assert all(word in str(caught.value) for word in words), str(caught.value)
@@ -364,6 +366,11 @@ def test_damaged_and_foreign_folders_are_refused(adapter, world, tmp_path):
         adapt.attach(model, params, path=tmp_path / "cut")
     with pytest.raises(CheckpointError, match="adapter_config.json"):
         adapt.attach(model, params, path=tmp_path / "nothing")
+    adapted, both = adapt.attach(model, params, targets=("v_proj",), full=("layers/attn/q/*",))
+    peft.save(tmp_path / "whole", adapted, both)
+    few_bits = models.build(world.llama_config(), quantize={})
+    with pytest.raises(CheckpointError, match="layers/attn/q/kernel, whose layer is quantised"):
+        adapt.attach(few_bits, few_bits.abstract(), path=tmp_path / "whole")
     with pytest.raises(ModelError, match="no adapters"):
         peft.save(tmp_path / "new", model, params)
     adapted, both = adapt.attach(model, params)
