@@ -113,7 +113,7 @@ def test_a_hanging_process_is_noticed_by_its_silence(start, tmp_path):
     """SIGSTOP: no connection closes. The runtime's heartbeat (here 10 s) ends the others, and the
     launcher kills what is left."""
     workdir = tmp_path / "run"
-    with start([PROGRAM, workdir, 500, 0.1, 3]) as job:
+    with start([PROGRAM, workdir, 500, 0.1, 3], AA_JAX_HEARTBEAT="10") as job:
         job.until(lambda: (workdir / "metrics.jsonl").exists() and len(lines(workdir)) >= 5)
         os.kill(pid(workdir, 1), signal.SIGSTOP)
         began = time.monotonic()
