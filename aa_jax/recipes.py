@@ -123,6 +123,7 @@ def train(
     reference_cache: str | Path | None = None,
     checkpoint_every: int | None = None,
     log_every: int = 10,
+    workers: int = 2,
     eval_examples: Sequence | None = None,
     eval_every: int | None = None,
     profile: int | None = None,
@@ -157,6 +158,7 @@ def train(
       reference_cache: file that keeps the reference log-probs, for other runs on the same data.
       checkpoint_every: updates between checkpoints.
       log_every: updates per line of metrics.
+      workers: threads that read and decode batches while the devices compute; 0: none.
       eval_examples: held-out data; the objective's figures on it are logged as "eval/...".
       eval_every: updates between evaluations; they also run at the end.
       profile: updates before a trace of the next ones is written, see
@@ -218,7 +220,7 @@ def train(
     loader = Loader(
         data, form, batch_rows, epochs=None if steps else epochs, seed=seed, groups=groups,
         share=share(mesh), multiple_of=batch_devices(mesh) * accumulation, lengths=lengths,
-        buckets=edges,
+        buckets=edges, threads=workers,
     )  # fmt: skip
     total = steps or len(loader)
     tx, schedule = make_optimizer(total_steps=total, **(optim or {}))

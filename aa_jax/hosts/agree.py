@@ -76,7 +76,7 @@ def barrier(name: str) -> None:
 
 
 def to_host(array: Any) -> np.ndarray:
-    """A whole array on this host, gathered from all processes where it is spread over them."""
+    """An array as a whole on this host, gathered from the processes it is spread over."""
     import jax
 
     spread = isinstance(array, jax.Array) and not array.is_fully_addressable

@@ -41,6 +41,7 @@ _LOST = (
 )
 LOST_A_PEER = 75  # EX_TEMPFAIL: nothing is wrong here; the same command may succeed
 _HEARTBEAT = 60
+_SCHEDULER = "xla_cpu_enable_concurrency_optimized_scheduler"
 _joined = False
 
 
@@ -120,6 +121,8 @@ def join() -> bool:
     where = place(os.environ)
     if where is None:
         return False
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        _keep_order_of_collectives()
     import jax
 
     if not jax.distributed.is_initialized():
@@ -188,6 +191,16 @@ def leave(code: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def _keep_order_of_collectives() -> None:
+    """On CPUs: XLA's default schedule lets two processes run independent collectives of one
+    program in different orders, which ends in a message of the wrong size (or, for equal sizes,
+    in wrong numbers). Measured with `tests/hosts/equality.py` on four processes; devices of other
+    kinds order them themselves."""
+    if _SCHEDULER not in os.environ.get("XLA_FLAGS", ""):
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --{_SCHEDULER}=false"
+        os.environ["XLA_FLAGS"] = flags.strip()
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:

@@ -96,7 +96,7 @@ def halves(processes, copies=1):
 @pytest.mark.parametrize("shares", [halves(2), halves(4), halves(4, copies=2)], ids=len)
 @pytest.mark.parametrize("multiple", [4, 8])
 def test_processes_make_the_single_process_batches(shares, multiple):
-    """The same rows in the same places, whatever the number of processes; filling is empty."""
+    """The same rows in the same places, whatever the processes; what fills up is empty."""
     for n in (7, 8, 9):
         whole = list(Loader(range(n), masked, 4, epochs=2, multiple_of=multiple))
         parts = [

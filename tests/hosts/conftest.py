@@ -33,7 +33,7 @@ class Job:
             **os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "AA_JAX_PROGRESS": "0",
             "XLA_FLAGS": "--xla_backend_optimization_level=0 "
             "--xla_llvm_disable_expensive_passes=true",
-            "AA_JAX_HEARTBEAT": "10", **environment,
+            "AA_JAX_HEARTBEAT": "60", **environment,
         }  # fmt: skip
         self._environment.pop("PYTEST_CURRENT_TEST", None)
 

@@ -1,6 +1,6 @@
 """A program: ten training steps of a tiny model on meshes of a job, written down by process 0.
 
-``python equality.py OUT.npz MEDIUM ALGORITHMS MESHES``, e.g. ``image dpo,grpo "fsdp=8 data=2"``;
+``python equality.py OUT.npz MEDIUM ALGORITHMS MESHES``, as in ``image dpo 'fsdp=8 data=2,seq=2'``;
 a mesh ``one`` is a single device. For every algorithm and mesh: the losses and gradient norms of
 all steps, the gradients of the first, and the parameters after the last.
 """
