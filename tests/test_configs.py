@@ -36,6 +36,8 @@ TRAINING = [path for path in CONFIGS if '"recipe"' in path.read_text()]
 PATHS = {
     "digits": (),
     "world": (),
+    "arithmetic": (),
+    "lagrangian": ("model.path", "prompts.path", "reward.path", "cost.path"),
     "ppo": ("model.path", "prompts.path", "reward.path"),
     "grpo": ("model.path", "prompts.path", "reward.path"),
     "": ("model.path", "data.path"),
@@ -190,9 +192,18 @@ def test_an_unknown_pipeline_lists_those_there_are():
         llf.select(cfg)
 
 
-@pytest.mark.parametrize("name", ["digits_rl", "llava_ppo", "llava_grpo"])
-def test_the_rl_configs_bind(name):
-    run, cfg = rl.select(load(ROOT / f"configs/ti2t/{name}.py"))
+# What the run takes beside the training's own arguments.
+FURTHER = {"pipeline", "algorithm", "model", "mesh", "checkpoint_every", "sft", "slip", "digits",
+           "demonstrations", "test_problems"}  # fmt: skip
+RL = [
+    path for path in CONFIGS if path.stem.rpartition("_")[2] in ("rl", "ppo", "grpo", "lagrangian")
+]
+
+
+@pytest.mark.parametrize("path", RL, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_the_rl_configs_bind(path):
+    name = path.stem
+    run, cfg = rl.select(load(path))
     config.bind(run, cfg, path="config", workdir="run")
     values = config.resolve(cfg)
     runs_of = values.get("algorithms") or {values["algorithm"]: values}
@@ -201,7 +212,7 @@ def test_the_rl_configs_bind(name):
         Plan(**{**values["rollout"], **own.get("rollout", {})})
         find_estimator(kind.estimator)
         accepted = set(inspect.signature(train).parameters)
-        assert set(own) - accepted <= {"pipeline", "algorithm", "model", "mesh", "checkpoint_every"}
+        assert set(own) - accepted <= FURTHER
         options = {"loss": kind.loss, **own.get("objective", {})}
         model = models.build(PUBLISHED.LLAVA_7B)
         actor_critic(model, model, **options) if kind.critic else policy(model, **options)

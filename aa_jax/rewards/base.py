@@ -126,6 +126,7 @@ class Scores:
             known = self.valid & np.isfinite(values)
             if known.any():
                 found[f"part/{name}"] = float(values[known].mean())
+                found[f"std/{name}"] = float(values[known].std())
         return {f"reward/{name}": value for name, value in found.items()}
 
 

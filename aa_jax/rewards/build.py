@@ -115,7 +115,7 @@ def _imported(
     if function not in allowed:
         raise ConfigError(
             f"{path_of}.function is {function!r}, code that is not part of aa_jax and would run "
-            f"with your rights. Allow it by name: --config.allowed_functions=\"('{function}',)\"."
+            f"with your rights. Allow it by name: allowed_functions=('{function}',) in the config."
         )
     module, _, name = function.partition(":")
     if not module or not name:

@@ -10,8 +10,9 @@ import numpy as np
 from aa_jax import hosts, objectives
 from aa_jax.data.collate import Batch, Shapes, collate
 from aa_jax.data.tokens import Encoded
+from aa_jax.errors import ConfigError
 from aa_jax.models import Model, heads
-from aa_jax.sampling import Choice, Sample, SlotSampler, Stop
+from aa_jax.sampling import Choice, Forbid, Sample, SlotSampler, Stop
 from aa_jax.sharding import batch_devices, pad_rows, put_batch
 
 
@@ -30,6 +31,10 @@ class Actor:
       top_k: tokens kept; 0 keeps all.
       min_p: least probability relative to the highest; 0 keeps all.
       stop: texts that end a response, besides the end tokens.
+      images: "free", or "never" for text answers of a model that can write images.
+
+    Raises:
+      ConfigError: `images` is neither.
     """
 
     def __init__(
@@ -46,11 +51,15 @@ class Actor:
         top_k: int = 0,
         min_p: float = 0.0,
         stop: Sequence[str] = (),
+        images: str = "free",
     ):
         self.model, self.processor, self.mesh = model, processor, mesh
         self.prompt_shapes, self.max_new_tokens = prompt, max_new_tokens
         self.batch_rows, self.temperature = batch_rows, temperature
         self._choices = {False: Choice(temperature, top_p, top_k, min_p), True: Choice(0.0)}
+        self._constraint = _no_images(model) if images == "never" else None
+        if images not in ("free", "never"):
+            raise ConfigError(f"sampling.images is {images!r}; it must be free or never.")
         self._stop = Stop(tuple(stop), processor.decode) if stop else None
         self._samplers: dict[tuple, SlotSampler] = {}
         # Sampled at temperature t, a token's probability is softmax(logits / t).
@@ -85,7 +94,7 @@ class Actor:
             self._samplers[key] = SlotSampler(
                 self.model, self.mesh, slots=slots, lanes=lanes, samples=samples,
                 max_new_tokens=self.max_new_tokens, eos_ids=self.processor.stop_ids,
-                choice=self._choices[greedy], stop=self._stop,
+                choice=self._choices[greedy], stop=self._stop, constraint=self._constraint,
             )  # fmt: skip
 
         def batch(indices: Sequence[int], rows: int) -> Batch:
@@ -116,6 +125,15 @@ class Actor:
             part = pad_rows(part, max(rows, batch_devices(self.mesh)))
             parts.append(hosts.to_host(function(params, put_batch(part, self.mesh)))[:count])
         return np.concatenate(parts).astype(np.float32)
+
+
+def _no_images(model: Model) -> Forbid | None:
+    """Takes a model's image tokens away; None where it has none."""
+    if not (images := getattr(model.config, "images", None)):
+        return None
+    marks = [i for i in (images.placeholder_id, images.begin_id, images.end_id) if i is not None]
+    vocab = jax.eval_shape(model.head, model.abstract()).shape[0]
+    return Forbid(tuple(sorted({*images.token_ids, *marks})), vocab)
 
 
 def with_responses(prompt: Encoded, samples: Sequence[Sample]) -> Encoded:

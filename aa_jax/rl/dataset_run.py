@@ -31,6 +31,11 @@ def run(
     kl: Mapping[str, Any] | None = None,
     objective: Mapping[str, Any] | None = None,
     estimator: Mapping[str, Any] | None = None,
+    cost: Mapping[str, Any] | None = None,
+    limit: Mapping[str, Any] | None = None,
+    ptx: Mapping[str, Any] | None = None,
+    ptx_coef: int | float = 0.0,
+    alarms: Mapping[str, Any] | None = None,
     reference: str = "reference",
     allowed_functions: Sequence[str] = (),
     frozen: Sequence[str] = (),
@@ -60,6 +65,13 @@ def run(
       kl: `coef`, `target`, `gain`, see `aa_jax.rl.algorithms.Controller`.
       objective: options of the loss.
       estimator: options of the advantage estimator.
+      cost: for `ppo_lagrangian`: a section as `reward` (kind "cost" if left out) that says how
+        harmful a response is.
+      limit: `threshold`, `initial`, `lr`, `maximum`, `window`, `delay`, see
+        `aa_jax.rl.algorithms.CostLimit`.
+      ptx: keyword arguments of `runs.load_dataset` for supervised data that is trained on beside.
+      ptx_coef: weight of its likelihood.
+      alarms: keyword arguments of `aa_jax.rl.alarms.Alarms`; default: its defaults.
       reference: the column (among those the template keeps) that holds the truth a reward judges
         by, e.g. "answer".
       allowed_functions: Python functions the reward may import, "package.module:name".
@@ -105,17 +117,24 @@ def run(
             )
             start = backbone, {**values, "model": inner}
     judge = make_reward(reward, mesh=devices, allowed=allowed_functions)
+    price = None
+    if cost:
+        section = cost if "terms" in cost else {"kind": "cost", **cost}
+        price = make_reward(section, mesh=devices, allowed=allowed_functions, path="config.cost")
     try:
         final, figures = train(
             algorithm, model=built, params=params, processor=processor,
             prompts=load_dataset("prompt", processor, **prompts), reward=judge,
             workdir=workdir, mesh=devices, rollout=rollout, sampling=sampling, optim=optim,
             critic=start, critic_lr_scale=chosen.get("lr_scale", 1.0), kl=kl, objective=objective,
+            cost=price, limit=limit, alarms=alarms or {}, ptx_coef=ptx_coef,
+            ptx=load_dataset("supervised", processor, **ptx) if ptx else None,
             estimator=estimator, reference_key=reference, frozen=frozen,
             accumulation=accumulation, seed=seed, checkpoint_every=checkpoint_every,
         )  # fmt: skip
     finally:
         close(judge)
+        close(price)
     save(workdir, built, final, path)
     write_report(workdir, f"{algorithm}: {Path(path).name}", figures)
     return figures

@@ -15,6 +15,7 @@ import numpy as np
 from aa_jax.errors import ConfigError
 from aa_jax.losses import advantages as adv
 from aa_jax.losses import groups
+from aa_jax.losses.lagrangian import combined_advantages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Experience:
       values: [P, G, R] of the critic, or None.
       mask: [P, G, R], 1 on response tokens of valid responses.
       kl_coef: price of the KL in the rewards, from the controller.
+      costs: [P, G], of a cost model, or None.
+      cost_values: [P, G, R] of its critic, or None.
+      multiplier: λ, the price of the costs.
     """
 
     rewards: np.ndarray
@@ -38,8 +42,11 @@ class Experience:
     values: np.ndarray | None
     mask: np.ndarray
     kl_coef: float
+    costs: np.ndarray | None = None
+    cost_values: np.ndarray | None = None
+    multiplier: float = 0.0
 
-    def rows(self, array: np.ndarray) -> jax.Array:
+    def rows(self, array: Any) -> jax.Array:
         """[P, G, ...] -> [P * G, ...]."""
         return jnp.asarray(array).reshape(-1, *np.shape(array)[2:])
 
@@ -79,6 +86,70 @@ def gae(
         "returns": np.asarray(returns).reshape(shape),
         "old_values": np.asarray(experience.values, np.float32),
     }
+
+
+def lagrangian(experience: Experience, *, whiten: bool = True, **options: Any) -> dict:
+    """PPO-Lagrangian (Dai et al. 2023, eq. 14): A = (A_r - λ A_c) / (1 + λ), a critic for each.
+
+    A cost is a reward that is to be low, so the KL to the reference counts with the other sign.
+
+    Args:
+      experience: with costs and the values of their critic.
+      whiten: the advantage.
+      **options: of `gae`, the same for rewards and costs.
+    """
+    paid = gae(experience, whiten=False, **options)
+    costly = dataclasses.replace(
+        experience, rewards=experience.costs, values=experience.cost_values,
+        kl_coef=-experience.kl_coef,
+    )  # fmt: skip
+    cost = gae(costly, whiten=False, **options)
+    advantages = combined_advantages(
+        jnp.asarray(paid["advantages"]), jnp.asarray(cost["advantages"]), experience.multiplier
+    )
+    if whiten:
+        mask = jnp.asarray(experience.mask)
+        flat = experience.rows(advantages), experience.rows(mask)
+        advantages = jnp.where(mask != 0, adv.whiten(*flat).reshape(mask.shape), 0)
+    return paid | {
+        "advantages": np.asarray(advantages), "cost_returns": cost["returns"],
+        "old_cost_values": cost["old_values"],
+    }  # fmt: skip
+
+
+def best(experience: Experience, *, least: int | float | None = None) -> dict[str, np.ndarray]:
+    """RAFT: 1 for the best response of each group, the first of several.
+
+    A group whose responses all got the same reward has no best one. Neither has one whose best
+    reward is below ``least``.
+    """
+    rewards, high, low = _ordered(experience)
+    some = (rewards.max(1) > _lowest(rewards)) & (
+        rewards.max(1) >= (-np.inf if least is None else least)
+    )
+    found = np.zeros_like(experience.rewards)
+    found[some, high[some]] = 1
+    return _per_token(experience, found)
+
+
+def best_and_worst(experience: Experience) -> dict[str, np.ndarray]:
+    """Online DPO: 1 for the best response of each group, -1 for the worst; ties are no pair."""
+    rewards, high, low = _ordered(experience)
+    some = rewards.max(1) > _lowest(rewards)
+    found = np.zeros_like(experience.rewards)
+    found[some, high[some]], found[some, low[some]] = 1, -1
+    return _per_token(experience, found)
+
+
+def _ordered(experience: Experience) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rewards, -inf where there is none; the best response of each group; its worst)."""
+    there = experience.valid > 0
+    rewards = np.where(there, experience.rewards, -np.inf)
+    return rewards, rewards.argmax(1), np.where(there, rewards, np.inf).argmin(1)
+
+
+def _lowest(rewards: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(rewards), rewards, np.inf).min(1)
 
 
 def reinforce_plus_plus(
@@ -128,6 +199,9 @@ def _per_token(experience: Experience, found: Any) -> dict[str, np.ndarray]:
 
 ESTIMATORS: Mapping[str, Callable[..., dict[str, np.ndarray]]] = {
     "gae": gae,
+    "lagrangian": lagrangian,
+    "best": best,
+    "best_and_worst": best_and_worst,
     "group": group,
     "leave_one_out": leave_one_out,
     "reinforce_plus_plus": reinforce_plus_plus,

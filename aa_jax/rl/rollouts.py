@@ -21,8 +21,10 @@ from aa_jax import hosts
 from aa_jax.data.collate import Batch, collate
 from aa_jax.data.tokens import Encoded
 from aa_jax.errors import ConfigError, DataError
-from aa_jax.rewards.base import Request, Reward, Scores, evaluate
+from aa_jax.rewards.base import Request, Reward, RewardError, Scores, evaluate
 from aa_jax.rl.actor import Actor, Sample, with_responses
+from aa_jax.rl.alarms import Alarms
+from aa_jax.rl.algorithms import CostLimit
 from aa_jax.rl.estimators import Experience
 from aa_jax.training.metrics import MetricWriter
 
@@ -43,6 +45,10 @@ class Plan:
       epochs: passes over an iteration's responses.
       minibatches: updates per pass; divides `prompts`.
       iterations: how often to begin anew.
+      max_kl: the passes of an iteration end early once the policy is further from the one that
+        sampled: mean k3 estimate in nats per token, measured before each pass but the first. The
+        run then makes fewer updates than `updates`.
+      patience: so many iterations in a row without a usable reward end the run.
     """
 
     prompts: int
@@ -50,10 +56,14 @@ class Plan:
     epochs: int = 1
     minibatches: int = 1
     iterations: int = 100
+    max_kl: int | float | None = None
+    patience: int = 3
 
     def __post_init__(self):
+        if self.max_kl is not None and self.max_kl <= 0:
+            raise ConfigError(f"rollout.max_kl is {self.max_kl}; give nats per token above 0.")
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
+            if field.name != "max_kl" and getattr(self, field.name) < 1:
                 raise ConfigError(
                     f"rollout.{field.name} is {getattr(self, field.name)}; at least 1."
                 )
@@ -65,7 +75,7 @@ class Plan:
 
     @property
     def updates(self) -> int:
-        """Updates of the whole run."""
+        """Updates of the whole run, if none is left out."""
         return self.iterations * self.epochs * self.minibatches
 
 
@@ -85,6 +95,11 @@ class Rollouts(Iterator[Batch]):
       critic: takes the critic's, or None.
       reference: parameters of the reference, or None.
       reference_key: where a prompt's meta holds the truth.
+      cost: a reward that says how harmful a response is, for PPO-Lagrangian, or None.
+      cost_critic: takes the parameters of its critic.
+      limit: the `CostLimit` that prices it.
+      ptx: ``(update, rows) -> batch`` of other data, put under "ptx" into every minibatch.
+      alarms: see `rl.alarms`, or None.
       controller: KL price: has `coef` and `update(kl, tokens)`; None: `kl_coef` 0.
       score_rows: prompts scored at once.
       writer: opens a `MetricWriter` for the figures of every iteration.
@@ -105,6 +120,11 @@ class Rollouts(Iterator[Batch]):
         critic: Callable[[Any], Any] | None = None,
         reference: Any = None,
         reference_key: str = "reference",
+        cost: Reward | None = None,
+        cost_critic: Callable[[Any], Any] | None = None,
+        limit: CostLimit | None = None,
+        ptx: Callable[[int, int], Batch] | None = None,
+        alarms: Alarms | None = None,
         controller: Any = None,
         score_rows: int = 16,
         writer: Callable[[], MetricWriter] | None = None,
@@ -115,7 +135,9 @@ class Rollouts(Iterator[Batch]):
         self.prompts, self.sources, self.actor, self.reward = prompts, sources, actor, reward
         self.estimator, self.plan, self.seed = estimator, plan, seed
         self._policy, self._critic, self._reference = policy, critic, reference
-        self._reference_key = reference_key
+        self._reference_key, self._ptx, self._alarms = reference_key, ptx, alarms
+        self._cost, self._cost_critic, self._limit = cost, cost_critic, limit
+        self._unpaid = 0
         self._controller, self._score_rows = controller, score_rows
         self._open_writer, self._watch = writer, watch
         self._writer: MetricWriter | None = None
@@ -138,6 +160,8 @@ class Rollouts(Iterator[Batch]):
         self._params = params
 
     def __next__(self) -> Batch:
+        if self._too_far():
+            self._buffer, self._iteration = None, self._iteration + 1
         if self._buffer is None:
             if self._iteration == self.plan.iterations:
                 raise StopIteration
@@ -158,6 +182,9 @@ class Rollouts(Iterator[Batch]):
         return {
             "iteration": self._iteration, "cursor": self._cursor, "buffer": buffer,
             "kl_coef": None if self._controller is None else self._controller.coef,
+            "limit": None if self._limit is None else self._limit.get_state(),
+            "alarms": None if self._alarms is None else self._alarms.get_state(),
+            "unpaid": self._unpaid,
             "seed": self.seed, "plan": dataclasses.asdict(self.plan),
         }  # fmt: skip
 
@@ -185,6 +212,11 @@ class Rollouts(Iterator[Batch]):
             self._buffer |= {k: v for k, v in again.items() if k == "media"}
         if self._controller is not None:
             self._controller.coef = state["kl_coef"]
+        if self._limit is not None:
+            self._limit.set_state(state["limit"])
+        if self._alarms is not None:
+            self._alarms.set_state(state["alarms"])
+        self._unpaid = state["unpaid"]
 
     def close(self) -> None:
         """Closes the metrics."""
@@ -218,9 +250,18 @@ class Rollouts(Iterator[Batch]):
         seeds = self._generator(2).integers(0, 2**32, (plan.prompts, plan.samples), np.uint32)
         samples = actor.respond(params, encoded, seeds)
         texts = [[actor.text(sample) for sample in group] for group in samples]
-        scores = self._pay(indices, texts, samples)
+        requests = self._requests(indices, texts, samples)
+        scores = self._judged(self.reward, requests)
         valid = scores.valid.reshape(plan.prompts, plan.samples)
         rewards = scores.values.reshape(valid.shape)
+        costs, more = None, {}
+        if self._cost is not None:
+            priced = self._judged(self._cost, requests)
+            valid = valid & priced.valid.reshape(valid.shape)
+            costs = np.where(valid, priced.values.reshape(valid.shape), 0.0).astype(np.float32)
+            more = {k.replace("reward/", "cost/", 1): v for k, v in priced.figures().items()}
+            more["multiplier"] = self._limit.multiplier
+        self._check_paid(valid, scores)
         batch = collate(
             [with_responses(*pair) for pair in zip(encoded, samples, strict=True)],
             self._shapes, "group", pad_id=actor.processor.pad_id,
@@ -230,22 +271,30 @@ class Rollouts(Iterator[Batch]):
         mask = batch["loss_mask"] * batch["sequence_mask"][..., None]
         logps = actor.logps(params, batch, self._score_rows)
         gap = self._check_logps(samples, logps)
-        reference = values = None
+        reference = values = cost_values = None
         if self._reference is not None:
             reference = actor.logps(self._reference, batch, self._score_rows)
         if self._critic is not None:
             values = actor.values(self._critic(self._params), batch, self._score_rows)
+        if self._cost_critic is not None:
+            critic = self._cost_critic(self._params)
+            cost_values = actor.values(critic, batch, self._score_rows)
         coef = 0.0 if self._controller is None else float(self._controller.coef)
         experience = Experience(
             np.where(valid, rewards, 0.0).astype(np.float32), valid.astype(np.float32), logps,
-            reference, values, mask.astype(np.float32), coef,
+            reference, values, mask.astype(np.float32), coef, costs, cost_values,
+            0.0 if self._limit is None else self._limit.multiplier,
         )  # fmt: skip
         batch |= self.estimator(experience)
         batch["old_logps"] = logps
         if reference is not None:
             batch["ref_token_logps"] = reference
         batch["loss_mask"] = mask.astype(np.float32)
-        self.figures = self._figures(experience, samples, gap) | scores.figures()
+        self.figures = self._figures(experience, samples, gap) | scores.figures() | more
+        if self._alarms is not None:
+            self.figures |= self._alarms.check(self._iteration, self.figures)
+        if self._limit is not None:
+            self._limit.update(costs, valid)
         if self._controller is not None and reference is not None:
             self._controller.update(self.figures["kl"], int(mask.sum()))
         if self._open_writer is not None:
@@ -256,7 +305,9 @@ class Rollouts(Iterator[Batch]):
             self._watch(self._iteration, indices, texts, rewards)
         return batch
 
-    def _pay(self, indices: Sequence[int], texts: Sequence[Sequence[str]], samples: Any) -> Scores:
+    def _requests(
+        self, indices: Sequence[int], texts: Sequence[Sequence[str]], samples: Any
+    ) -> list[Request]:
         requests = []
         for index, group, answers in zip(indices, texts, samples, strict=True):
             prompt = self.sources[index]
@@ -266,7 +317,11 @@ class Rollouts(Iterator[Batch]):
                     "finished": sample.finished,
                 }  # fmt: skip
                 requests.append(Request(prompt, text, prompt.meta.get(self._reference_key), meta))
-        scores = evaluate(self.reward, requests)
+        return requests
+
+    def _judged(self, reward: Any, requests: Sequence[Request]) -> Scores:
+        """What a reward says, the same on every process."""
+        scores = evaluate(reward, requests)
         if hosts.count() == 1:
             return scores
         # Every process asks, as a learned reward needs all of them; a judge that times out or
@@ -275,6 +330,34 @@ class Rollouts(Iterator[Batch]):
         return dataclasses.replace(
             scores, values=np.array(values, np.float32), valid=np.array(valid, bool)
         )
+
+    def _check_paid(self, valid: np.ndarray, scores: Scores) -> None:
+        """Ends a run that learns nothing because nobody judges it."""
+        self._unpaid = 0 if valid.any() else self._unpaid + 1
+        if self._unpaid >= self.plan.patience:
+            reasons = ", ".join(k for k in scores.counts if k.startswith("invalid"))
+            raise RewardError(
+                f"no response of the last {self._unpaid} iterations got a usable reward "
+                f"({reasons}). Mend the reward and run the same command again: it continues from "
+                "the last checkpoint; rollout.patience says how long to go on without."
+            )
+
+    def _too_far(self) -> bool:
+        """Whether the passes over this iteration's responses end here, see `Plan.max_kl`."""
+        passed, rest = divmod(self._cursor, self.plan.minibatches)
+        if self._buffer is None or self.plan.max_kl is None or rest or not passed:
+            return False
+        logps = self.actor.logps(self._policy(self._params), self._buffer, self._score_rows)
+        mask = self._buffer["loss_mask"]
+        gap = np.where(mask > 0, self._buffer["old_logps"] - logps, 0.0)
+        kl = float((np.expm1(gap) - gap).sum() / max((mask > 0).sum(), 1))
+        if kl <= self.plan.max_kl:
+            return False
+        log.info(
+            "iteration %d: %.3g nats per token from the policy that sampled, after %d of %d passes",
+            self._iteration, kl, passed, self.plan.epochs,
+        )  # fmt: skip
+        return True
 
     def _check_logps(self, samples: Sequence[Sequence[Sample]], logps: np.ndarray) -> float:
         """Largest difference between the sampler's and the trainer's log-prob of a token."""
@@ -320,4 +403,8 @@ class Rollouts(Iterator[Batch]):
         size = self.plan.prompts // self.plan.minibatches
         order = self._generator(3, epoch).permutation(self.plan.prompts)
         rows = order[part * size : (part + 1) * size]
-        return jax.tree.map(lambda x: np.asarray(x)[rows], self._buffer)
+        batch = jax.tree.map(lambda x: np.asarray(x)[rows], self._buffer)
+        if self._ptx is not None:
+            update = self._iteration * self.plan.epochs * self.plan.minibatches + cursor
+            batch["ptx"] = self._ptx(update, size)
+        return batch

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from aa_jax.data.collate import plan_shapes
+from aa_jax.data.collate import Batch, collate, plan_shapes
 from aa_jax.data.encoded import EncodedExamples
 from aa_jax.data.example import Example
 from aa_jax.data.processor import Processor
@@ -21,7 +21,8 @@ from aa_jax.models import Model, heads
 from aa_jax.rewards.base import Reward
 from aa_jax.rl import objectives
 from aa_jax.rl.actor import Actor
-from aa_jax.rl.algorithms import Algorithm, Controller, find_algorithm
+from aa_jax.rl.alarms import Alarms
+from aa_jax.rl.algorithms import Algorithm, Controller, CostLimit, find_algorithm
 from aa_jax.rl.estimators import Experience, find_estimator
 from aa_jax.rl.rollouts import Plan, Rollouts
 from aa_jax.sharding import shardings
@@ -49,6 +50,11 @@ def train(
     optim: Mapping[str, Any],
     critic: tuple[Model, Mapping[str, Any]] | None = None,
     critic_lr_scale: float = 1.0,
+    cost: Reward | None = None,
+    limit: Mapping[str, Any] | None = None,
+    ptx: Any = None,
+    ptx_coef: int | float = 0.0,
+    alarms: Mapping[str, Any] | None = None,
     reference: Mapping[str, Any] | None = None,
     kl: Mapping[str, Any] | None = None,
     objective: Mapping[str, Any] | None = None,
@@ -83,6 +89,12 @@ def train(
       critic: model and parameters of a score model the critic starts from; default for algorithms
         that have one: the policy's backbone with a new head.
       critic_lr_scale: the critic's learning rate as a multiple of the policy's.
+      cost: how harmful a response is, for algorithms that keep it below a limit.
+      limit: keyword arguments of `CostLimit` (threshold, initial, lr, maximum, window, delay).
+      ptx: supervised Examples, or a `Dataset` of the task "supervised", whose likelihood is added
+        to every update: as many rows as an update has prompts.
+      ptx_coef: its weight (16 in InstructGPT and align-anything).
+      alarms: keyword arguments of `aa_jax.rl.alarms.Alarms`; {} for the defaults, None for none.
       reference: parameters of the reference.
       kl: keyword arguments of `Controller` (coef, target, gain) for algorithms that pay the KL in
         the reward; others take ``objective={"kl_coef": ...}``.
@@ -109,7 +121,7 @@ def train(
     started = time.perf_counter()
     row = find_algorithm(algorithm)
     plan = Plan(**rollout)
-    _check(row, algorithm, plan, kl, objective)
+    _check(row, algorithm, plan, kl, objective, cost, limit)
     data = prompts
     if not hasattr(prompts, "sizes"):
         data = EncodedExamples(prompts, processor, Limits(**(limits or {})))
@@ -130,26 +142,42 @@ def train(
         backbone, critic_params = critic or (model, _new_critic(model, params, seed))
         start = {"policy": params, "critic": critic_params}
         axes = {"policy": axes, "critic": heads.axes(backbone)}
-        sides = {"policy": model, "critic/model": backbone}
+        if row.costs:  # of the same start: first values differ by what is learned, not by luck
+            start["cost_critic"], axes["cost_critic"] = critic_params, axes["critic"]
+        sides = {f"{side}/model": backbone for side in start if side != "policy"}
+        sides = {"policy": model, **sides}
         frozen = [f"{at}/{glob}" for at, m in sides.items() for glob in (*m.frozen, *frozen)]
-        loss = objectives.actor_critic(model, backbone, **options)
+        loss = objectives.actor_critic(model, backbone, costs=row.costs, **options)
     else:
         frozen = (*model.frozen, *frozen)
         loss = objectives.policy(model, **options)
-    priced = row.kl == "reward" or bool(options.get("kl_coef", row.loss == "grpo"))
+    select = (lambda p: p["policy"]) if row.critic else (lambda p: p)
+    if ptx is not None and ptx_coef:
+        loss = objectives.with_sft(loss, model, ptx_coef, select)
+        ptx = _supervised(ptx, processor, Limits(**(limits or {})), seed)
+    priced = (
+        row.kl == "reward"
+        or row.loss == "online_dpo"
+        or bool(options.get("kl_coef", row.loss == "grpo"))
+    )
     estimate = find_estimator(row.estimator)
     estimator_options = {**row.estimator_options, **(estimator or {})}
 
     def estimated(experience: Experience) -> Mapping[str, np.ndarray]:
         return estimate(experience, **estimator_options)
 
-    scales = {"critic/*": critic_lr_scale} if row.critic and critic_lr_scale != 1 else None
+    scales = None
+    if row.critic and critic_lr_scale != 1:
+        scales = {f"{side}/*": critic_lr_scale for side in start if side != "policy"}
     tx, schedule = make_optimizer(total_steps=plan.updates, lr_scales=scales, **optim)
     rollouts = Rollouts(
         prompts=data, sources=_Examples(data), actor=actor, reward=reward, estimator=estimated,
         plan=plan, seed=seed, reference_key=reference_key,
-        policy=(lambda p: p["policy"]) if row.critic else (lambda p: p),
-        critic=(lambda p: p["critic"]) if row.critic else None,
+        policy=select, critic=(lambda p: p["critic"]) if row.critic else None,
+        cost=cost, cost_critic=(lambda p: p["cost_critic"]) if row.costs else None,
+        limit=CostLimit(**(limit or {})) if row.costs else None,
+        ptx=ptx if ptx_coef else None,
+        alarms=None if alarms is None else Alarms(**alarms),
         reference=(params if reference is None else reference) if priced else None,
         controller=Controller(**(kl or {})) if row.kl == "reward" else None,
         writer=functools.partial(MetricWriter, workdir, f"{stage}.rollout"),
@@ -177,16 +205,43 @@ def train(
     return rollouts.policy_of(state["params"]), figures
 
 
-def _check(row: Algorithm, name: str, plan: Plan, kl: Any, objective: Any) -> None:
+def _supervised(
+    data: Any, processor: Processor, limits: Limits, seed: int
+) -> Callable[[int, int], Batch]:
+    """``(update, rows) -> batch``: every example once per pass, in a new order; no state."""
+    if not hasattr(data, "sizes"):
+        data = EncodedExamples(data, processor, limits)
+    shapes = plan_shapes(data.sizes, "supervised")
+
+    def batch(update: int, rows: int) -> Batch:
+        chosen = []
+        for i in range(update * rows, (update + 1) * rows):
+            epoch, at = divmod(i, len(data))
+            chosen.append(int(np.random.default_rng([seed, 4, epoch]).permutation(len(data))[at]))
+        items = [data[i] for i in chosen]
+        return collate(items, shapes, "supervised", batch_rows=rows, pad_id=processor.pad_id)
+
+    return batch
+
+
+def _check(
+    row: Algorithm, name: str, plan: Plan, kl: Any, objective: Any, cost: Any, limit: Any
+) -> None:
+    if row.costs != (cost is not None) or (limit and not row.costs):
+        raise ConfigError(
+            f"{name} {'keeps a cost below a limit: give the cost section' if row.costs else 'has'}"
+            f"{'' if row.costs else ' no cost: leave the cost and limit sections out'}."
+        )
     if plan.samples < row.samples:
         raise ConfigError(
             f"{name} compares responses to one prompt with each other: rollout.samples is "
             f"{plan.samples}, give at least {row.samples}."
         )
     if kl and row.kl != "reward":
-        raise ConfigError(
-            f"{name} has the KL in its loss: set objective.kl_coef instead of the kl section."
-        )
+        where = "has no KL: leave the kl section out."
+        if row.kl == "loss":
+            where = "has the KL in its loss: set objective.kl_coef instead of the kl section."
+        raise ConfigError(f"{name} {where}")
     if row.kl == "reward" and (objective or {}).get("kl_coef"):
         raise ConfigError(
             f"{name} pays the KL in the reward: set kl.coef instead of objective.kl_coef."

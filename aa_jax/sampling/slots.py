@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -79,6 +80,13 @@ class Stop:
         if not holds(len(tokens)):
             return None
         return bisect.bisect_left(range(1, len(tokens) + 1), True, key=holds) + 1
+
+
+def _to_host(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Whole arrays, of several processes too."""
+    if jax.process_count() == 1:
+        return jax.device_get(arrays)
+    return {n: multihost_utils.process_allgather(x, tiled=True) for n, x in arrays.items()}
 
 
 class SlotSampler:
@@ -233,7 +241,7 @@ class SlotSampler:
     ) -> State:
         """Takes the samples of slots that are done, and ends those that met a stop text."""
         names = ("next", "samples", "live", "sample", "tokens", "logps", "lengths", "finished")
-        seen = jax.device_get({name: state[name] for name in names})
+        seen = _to_host({name: state[name] for name in names})
         live = seen["live"].reshape(self.slots, self.lanes)
         done = ~live.any(1) & (seen["next"] >= seen["samples"])
         for slot in np.flatnonzero(done & (holds >= 0)):

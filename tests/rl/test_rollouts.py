@@ -7,6 +7,7 @@ import pytest
 from aa_jax.data.collate import plan_shapes
 from aa_jax.data.encoded import EncodedExamples
 from aa_jax.errors import ConfigError, DataError
+from aa_jax.rewards.base import RewardError
 from aa_jax.rl.actor import Actor
 from aa_jax.rl.algorithms import Controller
 from aa_jax.rl.estimators import find_estimator
@@ -161,3 +162,41 @@ def test_a_gap_between_sampler_and_trainer_is_said(world, actor, count_ones, cap
 def test_impossible_plans_are_refused(sizes, words):
     with pytest.raises(ConfigError, match=words):
         Plan(**sizes)
+
+
+def test_nobody_judges(world, actor):
+    """Every reward fails: masked and counted, and after `patience` iterations the run ends."""
+
+    def down(requests):
+        raise OSError("no route to host")
+
+    plan = Plan(prompts=2, samples=2, iterations=9, patience=2)
+    source, params = rollouts(world, actor, down, plan=plan)
+    (batch,) = take(source, params, 1)
+    assert not batch["sequence_mask"].any() and not batch["loss_mask"].any()
+    assert source.figures["reward/invalid/exception OSError"] == 4
+    with pytest.raises(RewardError, match="last 2 iterations.*exception OSError.*patience"):
+        take(source, params, 1)
+
+
+def test_passes_end_when_the_policy_has_moved(world, actor, count_ones):
+    plan = Plan(prompts=4, samples=2, epochs=3, minibatches=2, iterations=2, max_kl=1e-3)
+    source, params = rollouts(world, actor, count_ones, plan=plan)
+    take(source, params, 4)  # the same policy: the second pass begins
+    moved = jax.tree.map(lambda x: 1.3 * x, params)
+    take(source, moved, 2)  # the third does not
+    assert source.get_state()["iteration"] == 1 and source.get_state()["cursor"] == 2
+    assert source.figures["sampler_gap"] < 1e-4
+
+
+def test_other_data_stands_beside(world, actor, count_ones):
+    asked = []
+
+    def ptx(update, rows):
+        asked.append((update, rows))
+        return {"tokens": np.full((rows, 3), update)}
+
+    source, params = rollouts(world, actor, count_ones, ptx=ptx)
+    batches = take(source, params, 6)
+    assert asked == [(update, 2) for update in range(6)]
+    assert (batches[5]["ptx"]["tokens"] == 5).all()
