@@ -31,7 +31,7 @@ def topology(chip: str, devices: int) -> str:
 
 
 def compiled(place, model: str, *, layers: int, rows_per_device: int, length: int):
-    """(Figures, CPU seconds of tracing and compiling) of one step; CPU, because others use the machine."""
+    """(Figures, CPU seconds of tracing and compiling) of one step; others may use the machine."""
     from aa_jax.plan import command, measure, program  # after preparing: it imports jax
 
     cfg = config.load(str(ROOT / "configs/ti2t/llava_dpo.py"), [])
