@@ -37,8 +37,12 @@ bench: $(VENV)/.installed-test  ## side-by-side measurements with their baseline
 	$(BIN)/python benchmarks/llava_dpo.py
 	$(BIN)/python benchmarks/dpo_memory.py
 
+# The libtpu of JAX's own version: a newer one writes programs that an older jaxlib cannot read.
+LIBTPU = import importlib.metadata as m; \
+  print(next(r.split(";")[0].strip() for r in m.requires("jax") if r.startswith("libtpu")))
 verify-tpu: $(VENV)/.installed  ## compiles every TPU kernel and a whole step for v5e, v5p and v6e, without one
-	$(BIN)/python -m pip install --quiet --quiet --no-deps --upgrade --target build/libtpu libtpu
+	$(BIN)/python -m pip install --quiet --quiet --no-deps --upgrade --target build/libtpu \
+	  "$$($(BIN)/python -c '$(LIBTPU)')"
 	$(BIN)/python -m aa_jax.kernels.verify --platform tpu --libtpu build/libtpu/libtpu/libtpu.so
 	$(BIN)/python -m aa_jax.plan.verify --platform tpu --libtpu build/libtpu/libtpu/libtpu.so
 

@@ -166,8 +166,8 @@ def _strip_layouts(rest: str) -> str:
 def _size(rest: str, kind: str, *, started: bool) -> int:
     """Bytes of the whole arrays that are gathered, reduced or passed on."""
     head = _strip_layouts(rest).split(f"{kind}-start(" if started else f"{kind}(")[0]
-    sizes = [_bytes(*shape) for shape in _SHAPE.findall(head)]
-    total = sum(size for size in sizes if size > 8)  # not counters and semaphores
+    # What is started carries scalars beside the arrays: counters and semaphores.
+    total = sum(_bytes(*shape) for shape in _SHAPE.findall(head) if shape[1] or not started)
     pieces = _group_size(rest)
     if kind in ("all-gather", "reduce-scatter") and started:
         return total * pieces // (pieces + 1)  # operands and results

@@ -71,7 +71,7 @@ def _cells(what: str, f: Mapping[str, Any]) -> list[str]:
         what, f["topology"], f"{f['rows']:g} × {f['accumulation']}", f["remat"], *held,
         gib(beside) if memory else "", gib(memory["temporaries"]) if memory else "",
         (gib(f["total"]) if f["total"] else "more") + usable, f"{f['flops'] / 1e12:.0f}",
-        moved("all-gather", "collective-permute") if memory else "",
-        moved("reduce-scatter", "all-reduce", "all-to-all") if memory else "",
+        moved("all-gather", "collective-permute") if traffic else "",
+        moved("reduce-scatter", "all-reduce", "all-to-all") if traffic else "",
         {True: "yes", False: "no", None: "not judged"}[f["fits"]],
     ]  # fmt: skip

@@ -47,7 +47,7 @@ def test_tpu_programs_hold_the_kernels():
     assert text(run, ATTENTION + INTERVALS, "tpu").count("@tpu_custom_call") == 3
 
 
-@pytest.mark.parametrize("platform", ["cuda", "ascend"])
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "ascend"])
 def test_portable_programs_hold_no_custom_call(platform):
     run = logprob_gradient(
         lambda h, w, t, m: linear_logprob(h, w, t, mask=m, need_entropy=True, impl="xla", chunk=128)

@@ -127,3 +127,55 @@ def test_every_array_is_in_the_table(tmp_path):
     leaves = jax.tree.leaves((made.state["params"], made.state["opt_state"], made.resident))
     assert len(found) == len(leaves)
     assert all(np.prod(r.shard) * 8 >= np.prod(r.shape) for r in found)
+
+
+def test_the_search_takes_what_fits_and_recomputes_least(tmp_path, monkeypatch):
+    """The compiler's figures are stood in for: only what is chosen from them is looked at."""
+    import dataclasses
+
+    from aa_jax.plan import search
+
+    cost = {"none": 3.0, "dots": 4.0, "full": 5.0}
+    needs = {("none", 1): 9, ("dots", 1): 5, ("dots", 2): 9, ("full", 1): 1, ("full", 2): 2}
+    place = targets.open_slice("cpu:8")
+    cfg = resolved(CONFIG, "--config.train.batch_rows=32")
+    real = program.build(cfg, tiny(tmp_path), place.devices, layout=program.Layout(64, 16))
+    monkeypatch.setattr(search, "build", lambda *a, **k: k)
+
+    def measured(made, place, remat):
+        rows = 32 // 8 // made["accumulation"]
+        total = needs.get((remat, rows), 3)
+        return search.Figures(
+            place.name, "", 8, {}, rows, made["accumulation"], remat, 1, {}, total, 6.0,
+            total <= 6, cost[remat], 1.0, {}, 0.0,
+        )  # fmt: skip
+
+    monkeypatch.setattr(search, "measure", measured)
+    best, tried = search.search(cfg, "tiny", place)
+    assert (best.remat, best.rows) == ("dots", 1)
+    assert [(f.remat, f.rows) for f in tried] == [
+        ("none", 1), ("dots", 1), ("dots", 2), ("full", 1), ("full", 2), ("full", 4),
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="12 rows cannot be divided over 8 devices"):
+        search.search(cfg, "tiny", place, total_rows=12)
+    assert real.step.accumulation == 1 and dataclasses.is_dataclass(best)
+
+
+@pytest.mark.slow
+def test_compile_time_does_not_grow_with_depth(tmp_path):
+    """32 layers against 4 at 7B's widths; CPU time, so that neighbours do not matter."""
+    import time
+
+    def seconds(layers):
+        place = targets.open_slice("cpu:8")
+        start = time.process_time()
+        with place.tracing():
+            made = program.build(
+                resolved(), "llava-1.5-7b", place.devices, rows=8,
+                layout=program.Layout(512, 64), layers=layers,
+            )  # fmt: skip
+            measure(made, place)
+        return time.process_time() - start
+
+    seconds(4)  # imports and first-time costs
+    assert seconds(32) <= 1.3 * seconds(4)

@@ -198,3 +198,23 @@ def test_adafactor_keeps_factored_moments():
 def test_errors(kwargs, words):
     with pytest.raises(ConfigError, match=words):
         make_optimizer(1e-3, 10, **kwargs)
+
+
+def test_a_bfloat16_first_moment_halves_it_and_stays_close():
+    params = {"w": jnp.linspace(-1.0, 1.0, 64)}
+    runs = {}
+    for dtype in (None, "bfloat16"):
+        tx, _ = make_optimizer(1e-2, 20, schedule="constant", warmup_steps=0, moment_dtype=dtype)
+        state, p = tx.init(params), params
+        for _ in range(20):
+            updates, state = tx.update(jax.tree.map(lambda w: 2 * (w - 0.3), p), state, p)
+            p = optax.apply_updates(p, updates)
+        runs[dtype] = p["w"], state
+    adam = optax.tree.get(runs["bfloat16"][1], "ScaleByAdamState")
+    assert adam.mu["w"].dtype == jnp.bfloat16 and adam.nu["w"].dtype == jnp.float32
+    np.testing.assert_allclose(runs["bfloat16"][0], runs[None][0], atol=2e-3)
+    assert float(jnp.abs(runs[None][0] - params["w"]).max()) > 0.1
+    with pytest.raises(ConfigError, match="moment_dtype='float16'.*'float32' or 'bfloat16'"):
+        make_optimizer(1e-2, 20, moment_dtype="float16")
+    with pytest.raises(ConfigError, match="'sgd'"):
+        make_optimizer(1e-2, 20, name="sgd", moment_dtype="bfloat16")
