@@ -2,10 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/quickstart
+# Test processes. Most of a test's time is one thread that compiles; each needs some 3 GiB.
+JOBS ?= 2
 BIN = $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart test test-slow reproduce bench verify-tpu lint clean
+.PHONY: quickstart test test-slow reproduce bench verify-tpu verify-gpu lint clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -23,10 +25,10 @@ quickstart: $(VENV)/.installed  ## learn from language feedback on the digits wo
 	$(BIN)/python launch/llf.py --config configs/ti2t/digits_llf.py --workdir $(RUN)
 
 test: $(VENV)/.installed-test  ## the default tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: $(VENV)/.installed-test  ## every test, the slow ones too
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'slow or not slow'
 
 reproduce: $(VENV)/.installed  ## LLF with several training seeds, wider grids, Figure 5 and Table 3
 	$(BIN)/python launch/reproduce.py --config configs/ti2t/digits_llf_reproduce.py --workdir runs/reproduce
@@ -35,9 +37,20 @@ bench: $(VENV)/.installed-test  ## side-by-side measurements with their baseline
 	$(BIN)/python benchmarks/llava_dpo.py
 	$(BIN)/python benchmarks/dpo_memory.py
 
-verify-tpu: $(VENV)/.installed  ## compiles every TPU kernel for v5e, v5p and v6e, without one
+verify-tpu: $(VENV)/.installed  ## compiles every TPU kernel and a whole step for v5e, v5p and v6e, without one
 	$(BIN)/python -m pip install --quiet --quiet --no-deps --upgrade --target build/libtpu libtpu
 	$(BIN)/python -m aa_jax.kernels.verify --platform tpu --libtpu build/libtpu/libtpu/libtpu.so
+	$(BIN)/python -m aa_jax.plan.verify --platform tpu --libtpu build/libtpu/libtpu/libtpu.so
+
+# The plug-in must be of JAX's own version; its tools and cuDNN come without the rest of CUDA.
+verify-gpu: $(VENV)/.installed  ## compiles every GPU program and a whole step for H200, without one
+	rm -rf build/cuda
+	$(BIN)/python -m pip install --quiet --quiet --no-deps --target build/cuda \
+	  $$($(BIN)/python -c 'import jax; print(*(f"jax-cuda13-{p}=={jax.__version__}" for p in ("plugin", "pjrt")))') \
+	  nvidia-cuda-nvcc nvidia-nvvm nvidia-nvjitlink nvidia-cuda-runtime nvidia-cuda-crt \
+	  nvidia-cuda-nvrtc nvidia-cublas nvidia-cudnn-cu13
+	$(BIN)/python -m aa_jax.kernels.verify --platform gpu --cuda build/cuda
+	$(BIN)/python -m aa_jax.plan.verify --platform gpu --cuda build/cuda
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

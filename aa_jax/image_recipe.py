@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from aa_jax import hosts
 from aa_jax.data.digits.strips import StripBatches, cells, sample_strips
 from aa_jax.losses.base import Loss
 from aa_jax.losses.vq import vq_loss
@@ -134,6 +135,7 @@ def train_tokenizer(
     Returns:
       Tokenizer, parameters, and the figures of `measure` with "seconds".
     """
+    hosts.only_one("training an image tokenizer")
     started = time.perf_counter()
     mesh = make_mesh() if mesh is None else mesh
     tokenizer = build_tokenizer(digits_config(max_digits, **(sizes or {})))

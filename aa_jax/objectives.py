@@ -244,6 +244,46 @@ def reward(model: Model, *, regularization: float = 0.0, centering: float = 0.0)
     return objective
 
 
+def cost(model: Model, *, sign_coef: float = 1.0, regularization: float = 0.0) -> Objective:
+    """Cost modelling (Safe RLHF, Safe RLHF-V); parameters are a score model's.
+
+    The batch is one of preferences whose "chosen" is the *more harmful* response, and holds
+    ``signs`` (> 0 unsafe, < 0 safe), one per response: the template ``SafeRLHF_V_Cost`` reads both.
+
+    Args:
+      model: the backbone.
+      sign_coef: weight of the signs.
+      regularization: weight of the mean squared cost.
+
+    Returns:
+      ``objective(params, batch)``; see `aa_jax.losses.cost_loss` for the metrics.
+    """
+
+    def objective(params: Params, batch: Batch) -> losses.Loss:
+        if "signs" not in batch:
+            raise DataError(
+                "A cost model needs for each response whether it is safe: read the data with the "
+                "template SafeRLHF_V_Cost (response_1_harmless_rate, response_2_harmless_rate), or "
+                "one whose extra() gives 'signs'."
+            )
+        scores = heads.score(model, params, batch)
+        sequence_mask = jnp.asarray(batch["sequence_mask"])
+        zeros = jnp.zeros_like(scores)
+        pairs = losses.pair_up(scores, zeros, zeros, sequence_mask)
+        signs = jnp.asarray(batch["signs"], jnp.float32).reshape(-1, 2)
+        return losses.cost_loss(
+            pairs.chosen,
+            pairs.rejected,
+            signs[:, 0],
+            signs[:, 1],
+            pairs.mask,
+            sign_coef=sign_coef,
+            regularization=regularization,
+        )
+
+    return objective
+
+
 def compute_ref_logps(
     model: Model, *, chunk: int | None = None
 ) -> Callable[[Params, Batch], Float[Array, "B S"]]:

@@ -9,15 +9,17 @@ import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from aa_jax import losses, objectives
-from aa_jax.data.collate import Shapes, collate
+from aa_jax import hosts, losses, objectives
+from aa_jax.config.runs import HARMLESS
+from aa_jax.data.buckets import bucket_lengths
+from aa_jax.data.collate import Shapes, collate, row_length
 from aa_jax.data.encoded import EncodedExamples, WithColumn
 from aa_jax.data.loader import Loader, pack
 from aa_jax.data.mismatched import Mismatched
@@ -26,7 +28,7 @@ from aa_jax.data.tokens import Limits, Sizes
 from aa_jax.errors import CheckpointError, ConfigError
 from aa_jax.losses.unpaired import needs_kl
 from aa_jax.models import Model, heads
-from aa_jax.sharding import batch_devices, pad_rows, put_batch, shardings
+from aa_jax.sharding import batch_devices, put_batch, shardings, share
 from aa_jax.training.loop import fit
 from aa_jax.training.optim import make_optimizer
 from aa_jax.training.state import init_state
@@ -81,6 +83,7 @@ RECIPES: dict[str, Recipe] = {
         extras=("label",),
     ),
     "reward": Recipe("preference", "preference", objectives.reward, score_head=True),
+    "cost": Recipe("preference", "preference", objectives.cost, extras=("signs",), score_head=True),
 }
 
 
@@ -116,11 +119,14 @@ def train(
     limits: Mapping[str, Any] | None = None,
     share_prefix: bool = True,
     pack_length: int | None = None,
+    buckets: int = 1,
     reference_cache: str | Path | None = None,
     checkpoint_every: int | None = None,
     log_every: int = 10,
+    workers: int = 2,
     eval_examples: Sequence | None = None,
     eval_every: int | None = None,
+    profile: int | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Trains a model by a recipe; called again with the same `workdir` it continues.
@@ -128,7 +134,8 @@ def train(
     Args:
       recipe: a key of `RECIPES`.
       model: the architecture.
-      params: its initial parameters; also the reference, where the recipe has one.
+      params: its initial parameters; also the reference, where the recipe has one. Of a model
+        with adapters (`aa_jax.models.adapt`) these alone train and are in checkpoints.
       processor: the model's.
       examples: Examples, or data already encoded (`Dataset`, `EncodedExamples`).
       workdir: run directory.
@@ -146,11 +153,16 @@ def train(
       share_prefix: one row `prompt | chosen | rejected` per pair instead of two rows.
       pack_length: supervised recipes: rows of this many tokens hold several short examples each,
         and `batch_rows` counts such rows.
+      buckets: most row lengths that batches are padded to; above 1 a batch holds examples of
+        similar length, and each row length compiles the step once.
       reference_cache: file that keeps the reference log-probs, for other runs on the same data.
       checkpoint_every: updates between checkpoints.
       log_every: updates per line of metrics.
+      workers: threads that read and decode batches while the devices compute; 0: none.
       eval_examples: held-out data; the objective's figures on it are logged as "eval/...".
       eval_every: updates between evaluations; they also run at the end.
+      profile: updates before a trace of the next ones is written, see
+        `aa_jax.training.observe.Observer`.
       config: of the run, kept in the checkpoint.
 
     Returns:
@@ -185,7 +197,14 @@ def train(
             )
         shapes = _packed_shapes(data.sizes, shapes, pack_length)
         groups = pack(data.sizes, shapes, seed=seed)
+    if buckets < 1 or (buckets > 1 and pack_length):
+        raise ConfigError("buckets is 1 or more, and 1 with pack_length: packed rows are all full.")
+    lengths, edges = None, ()
+    if buckets > 1:
+        lengths = [row_length(size.prompt, size.responses, layout) for size in data.sizes]
+        edges = bucket_lengths(lengths, buckets)
     roles: dict[str, Any] = {}
+    frozen = (*model.frozen, *frozen)
     if row.score_head:
         head = heads.init_score_head(model, jax.random.key(seed))
         params = {"model": dict(params), "score_head": head}
@@ -199,8 +218,10 @@ def train(
         cache=reference_cache,
     )  # fmt: skip
     loader = Loader(
-        data, form, batch_rows, epochs=None if steps else epochs, seed=seed, groups=groups
-    )
+        data, form, batch_rows, epochs=None if steps else epochs, seed=seed, groups=groups,
+        share=share(mesh), multiple_of=batch_devices(mesh) * accumulation, lengths=lengths,
+        buckets=edges, threads=workers,
+    )  # fmt: skip
     total = steps or len(loader)
     tx, schedule = make_optimizer(total_steps=total, **(optim or {}))
     evaluate = None
@@ -224,6 +245,9 @@ def train(
         eval_every=eval_every,
         roles=roles,
         config=config,
+        save_frozen=not model.frozen,
+        profile=profile,
+        may_differ=HARMLESS,
     )
     figures = {
         "examples": len(data),
@@ -291,15 +315,16 @@ def _form(
     extras: Sequence[str] = (),
     twin_shapes: Shapes | None = None,
 ) -> Callable:
-    """`(items, batch_rows) -> batch`.
+    """`(items, batch_rows, length=None) -> batch`; a length replaces that of the shapes.
 
     A pair's extras are split where its rows are; reference log-probs of an example and its
     mismatched twin where those are.
     """
 
-    def form(items: Sequence, batch_rows: int) -> dict[str, Any]:
+    def form(items: Sequence, batch_rows: int, length: int | None = None) -> dict[str, Any]:
         rest = dict(batch_rows=batch_rows, pad_id=processor.pad_id)
-        batch = collate(items, shapes, layout, extras=extras, **rest)
+        fitting = shapes if length is None else dataclasses.replace(shapes, length=length)
+        batch = collate(items, fitting, layout, extras=extras, **rest)
         if layout == "preference_rows":
             for name in extras:  # every row carries (chosen, rejected); it is one of the two
                 rows = np.arange(len(batch[name]))
@@ -345,9 +370,9 @@ def reference_logps(
       mesh: device mesh.
       cache: npz file; used if it was made from these very parameters and pairs.
     """
-    key = _fingerprint(params, data)
     path = Path(cache) if cache else None
-    if path and path.exists():
+    key = _fingerprint(params, data) if path else ""
+    if path and hosts.first(path.exists()):
         try:
             stored = np.load(path)
             if str(stored["key"]) == key:
@@ -368,13 +393,13 @@ def reference_logps(
 
     compute = jax.jit(both)
     parts = []
-    for start in range(0, len(data), batch_rows):
-        items = [data[i] for i in range(start, min(start + batch_rows, len(data)))]
-        batch = _placed(form(items, batch_rows=batch_rows), mesh)
-        columns = len(items[0].responses) + ("mismatched" in batch)
-        parts.append(np.asarray(compute(params, batch)).reshape(-1, columns)[: len(items)])
-    values = np.concatenate(parts).astype(np.float32)
-    if path:
+    responses = len(data[0].responses)
+    for batch in _in_order(data, form, batch_rows, mesh):
+        columns = responses + ("mismatched" in batch)
+        found = hosts.to_host(compute(params, batch)).reshape(-1, columns)
+        parts.append(found[:batch_rows])  # what follows only fills up the devices
+    values = np.concatenate(parts)[: len(data)].astype(np.float32)
+    if path and hosts.index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.stem + ".partial.npz")
         np.savez(partial, key=key, values=values)
@@ -382,9 +407,14 @@ def reference_logps(
     return values
 
 
-def _placed(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """The batch on the mesh, whatever its rows: empty ones fill up to the devices."""
-    return put_batch(pad_rows(batch, batch_devices(mesh)), mesh)
+def _in_order(
+    data: Any, form: Callable, batch_rows: int, mesh: jax.sharding.Mesh
+) -> Iterator[dict[str, Any]]:
+    """The data once, in batches on the mesh; each process makes its own rows of them."""
+    own, multiple = share(mesh), batch_devices(mesh)
+    loader = Loader(data, form, batch_rows, shuffle=False, share=own, multiple_of=multiple)
+    for batch in loader:
+        yield put_batch(batch, mesh, own)
 
 
 def _fingerprint(params: Mapping[str, Any], data: Any) -> str:
@@ -392,7 +422,7 @@ def _fingerprint(params: Mapping[str, Any], data: Any) -> str:
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+        digest.update(np.ascontiguousarray(hosts.to_host(leaf)).tobytes())
     for index in range(len(data)):
         item = data[index]
         twin = item.meta.get("mismatched")
@@ -422,9 +452,8 @@ def _evaluation(
 
     def evaluate(state: Mapping[str, Any], step: int) -> dict[str, float]:
         sums = None
-        for start in range(0, len(data), batch_rows):
-            items = [data[i] for i in range(start, min(start + batch_rows, len(data)))]
-            _, metrics = loss(state["params"], _placed(form(items, batch_rows=batch_rows), mesh))
+        for batch in _in_order(data, form, batch_rows, mesh):
+            _, metrics = loss(state["params"], batch)
             metrics = jax.device_get({k: _first(v) for k, v in metrics.items()})
             sums = metrics if sums is None else jax.tree.map(np.add, sums, metrics)
         return {name: float(ratio.mean) for name, ratio in sums.items()}

@@ -2,6 +2,7 @@
 
     python benchmarks/llava_dpo.py --out llava_dpo.json          # both sizes
     python benchmarks/llava_dpo.py --size small --dim 384 --pairs 16
+    python benchmarks/llava_dpo.py --size long                   # what sharing and caching spare
 
 Both sides load the same float32 weights and get the same pairs; they are compared before the clock
 starts, and the program ends with an error if they do not compute the same. README.md says what the
@@ -48,6 +49,7 @@ PAD, START, END, IMAGE = 0, 1, 2, 4  # ids of the digits vocabulary, kept by eve
 
 SHARED = "aa_jax"
 ROWS = "aa_jax, prompt not shared"
+NAIVE = "aa_jax, naive pairs"
 TRL = "TRL's DPO loss"
 BARE = "torch, bare DPO loss"
 GENERATE = "transformers' generate"
@@ -95,6 +97,11 @@ SIZES = {
     "small": Size(
         vocab=32_000, dim=256, layers=4, mlp_dim=688, side=8, pairs=8, prompt=48, response=96,
         requests=16, new_tokens=64,
+    ),
+    # One 576-token image (24 x 24 patches, as in LLaVA-1.5) and answers of up to 128 tokens.
+    "long": Size(
+        vocab=32_000, dim=256, layers=4, mlp_dim=688, side=24, pairs=4, prompt=48, response=128,
+        requests=4, new_tokens=32,
     ),
     "tiny": Size(
         vocab=101, dim=16, layers=1, heads=2, mlp_dim=24, vision_dim=16, vision_layers=2, side=2,
@@ -157,11 +164,21 @@ def random_pairs(size: Size, count: int, seed: int) -> list[Encoded]:
     return [pair() for _ in range(count)]
 
 
-def dpo_step(model, params, reference, items, shapes, layout) -> Callable[[], dict[str, float]]:
-    """One update as `aa_jax.recipes.train` puts it together, and its figures."""
+def dpo_step(
+    model, params, reference, items, shapes, layout, *, cached: bool = True
+) -> Callable[[], dict[str, float]]:
+    """One update as `aa_jax.recipes.train` puts it together, and its figures.
+
+    With ``cached`` the reference's log-probs are in the batch, computed once; else the step
+    computes them from the reference's parameters. ``update.temporary`` is the compiler's account
+    of the bytes a step needs beside its arguments and results.
+    """
     mesh = make_mesh(devices=jax.devices()[:1])
     batch = collate(items, shapes, layout, pad_id=PAD)
-    batch["ref_logps"] = np.asarray(jax.jit(objectives.compute_ref_logps(model))(reference, batch))
+    roles = {} if cached else {"reference": reference}
+    if cached:
+        compute = jax.jit(objectives.compute_ref_logps(model))
+        batch["ref_logps"] = np.asarray(compute(reference, batch))
     tx, _ = make_optimizer(total_steps=1, schedule="constant", warmup_steps=0, **ADAMW)
     objective = objectives.dpo(model, beta=BETA, entropy=True)  # TRL's entropy is not optional
     step = make_step(objective, tx, mesh=mesh, frozen=FROZEN)
@@ -170,10 +187,12 @@ def dpo_step(model, params, reference, items, shapes, layout) -> Callable[[], di
 
     def update() -> dict[str, float]:
         nonlocal state
-        state, metrics = jax.block_until_ready(step(state, batch))
+        state, metrics = jax.block_until_ready(step(state, batch, **roles))
         names = ("loss", "grad_norm", "chosen_logps", "rejected_logps", "entropy")
         return {name: float(metrics[name].mean) for name in names}
 
+    compiled = step.lower(state, batch, **roles).compile()
+    update.temporary = int(compiled.memory_analysis().temp_size_in_bytes)
     return update
 
 
@@ -236,7 +255,7 @@ def check_samples(samples: Samples, model, items: list[Encoded], tolerance: floa
 def compare(sides: dict, baselines: tuple, tokens: int, first: dict, options) -> dict:
     """`measure` with the baselines on their best number of threads."""
     threads = dict.fromkeys(sides, cores())
-    for name in baselines:
+    for name in set(baselines) & {TRL, BARE, GENERATE}:
         threads[name], sides[name] = other.with_best_threads(sides[name], cores())
     times = measure(
         sides, baselines, tokens, repetitions=options.repetitions, seconds=options.seconds
@@ -272,7 +291,9 @@ def run(name: str, size: Size, options: argparse.Namespace, folder: Path) -> dic
         TRL: theirs(other.trl_loss),
         BARE: theirs(other.bare_loss),
         ROWS: ours(plan_shapes(pool, "preference_rows"), "preference_rows"),
+        NAIVE: ours(plan_shapes(pool, "preference_rows"), "preference_rows", cached=False),
     }
+    temporary = {side: step.temporary for side, step in steps.items() if side not in (TRL, BARE)}
     first, figures = {}, {}
     for side, step in steps.items():
         first[side], figure = timed(step)
@@ -282,7 +303,9 @@ def run(name: str, size: Size, options: argparse.Namespace, folder: Path) -> dic
     print(f"the sides agree over {CHECKED_STEPS} updates: loss {losses[0]:.6f} to {losses[-1]:.6f}")
     print("  relative differences:", ", ".join(f"{key} {gaps[key]:.1e}" for key in sorted(gaps)))
     tokens = sum(len(item.prompt) + sum(map(len, item.responses)) for item in items)
-    training = compare(steps, (TRL, BARE), tokens, first, options)
+    print("temporary memory of a compiled update:", ", ".join(
+        f"{side} {size / 2**20:,.0f} MiB" for side, size in temporary.items()))  # fmt: skip
+    training = compare(steps, (TRL, BARE, NAIVE), tokens, first, options)
     show(f"DPO update: {size.pairs} pairs, {tokens} tokens (a pair's prompt counts once, padding "
          "does not)", training)  # fmt: skip
     del steps
@@ -305,7 +328,7 @@ def run(name: str, size: Size, options: argparse.Namespace, folder: Path) -> dic
          "included)", sampled)  # fmt: skip
     return {
         "size": dataclasses.asdict(size),
-        "dpo": {**training, "losses": losses, "gaps": gaps},
+        "dpo": {**training, "losses": losses, "gaps": gaps, "temporary_bytes": temporary},
         "sampling": {**sampled, "gap": worst},
     }
 

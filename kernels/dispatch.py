@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from aa_jax.errors import ConfigError
+from aa_jax.platforms import target
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def choose(
     Raises:
       ConfigError: ``impl`` is not in the table, or cannot run on this platform or these arrays.
     """
-    platform = platform or jax.default_backend()
+    platform = platform or target.backend()
     usable = [n for n, i in table.items() if i.platforms is None or platform in i.platforms]
     if impl == "auto":
         reasons = []
@@ -93,7 +94,7 @@ def undivided() -> bool:
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return jax.device_count() == 1
+        return target.device_count() == 1
     axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
     return all(size == 1 or kind == jax.sharding.AxisType.Manual for size, kind in axes)
 

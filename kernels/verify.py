@@ -2,18 +2,19 @@
 
     python -m aa_jax.kernels.verify --platform tpu                  # v5e, v5p and v6e
     python -m aa_jax.kernels.verify --platform tpu --topology v5e:2x2 --match attention
-    python -m aa_jax.kernels.verify --platform gpu --target h200.txtpb
+    python -m aa_jax.kernels.verify --platform gpu --cuda build/cuda [--target h200.txtpb]
 
 Nothing runs and nothing is timed. TPU needs a ``libtpu`` (installed, or named by ``--libtpu``) not
-older than jaxlib; GPU needs the CUDA plugin of JAX with ``ptxas``, and the text of a GPU target
-config. Checked are that the kernel compiles (a tile that does not fit VMEM or shared memory fails
-to), that the wanted kernels are in the program, and that its temporary memory keeps the budget.
+older than jaxlib; GPU needs JAX's CUDA plugin with ``ptxas``, and cuDNN for its attention; the
+default target is an H200. Checked are that the kernel compiles (a tile that does not fit VMEM or
+shared memory fails to), that the wanted kernels are in the program, and that its temporary memory
+keeps the budget.
 """
 
 import argparse
 import dataclasses
 import functools
-import os
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from aa_jax.errors import ConfigError
+from aa_jax.plan import targets
+from aa_jax.plan.gpu_targets import GPU_TARGETS
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 MIB = 2**20
@@ -35,7 +38,8 @@ class Case:
       function: what is compiled.
       arguments: (shape, dtype) of every argument.
       budget_mib: most temporary memory, beside arguments and results.
-      kernels: custom calls a TPU program must hold.
+      kernels: custom calls the program must hold.
+      call: how their target begins.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Case:
     arguments: tuple[tuple[tuple[int, ...], Any], ...]
     budget_mib: float
     kernels: int
+    call: str = "tpu_custom_call"
 
 
 LOGPROB_SHAPES = {
@@ -117,6 +122,31 @@ def cases(implementation: str) -> Iterator[Case]:
         yield Case(what.format("gradient"), both, arguments, blocks + 6 * held, 3 * mosaic)
 
 
+def cudnn_cases() -> Iterator[Case]:
+    """cuDNN's attention as the library calls it: full, and causal without intervals."""
+    import jax
+    import jax.numpy as jnp
+
+    from aa_jax.kernels.attention.api import attention
+
+    for name in ("CLIP-L/336", "Vicuna 7B", "Llama 3 8B"):
+        b, t, h, kv, d = ATTENTION_SHAPES[name]
+        causal = name != "CLIP-L/336"
+        q, k = ((b, t, h, d), jnp.bfloat16), ((b, t, kv, d), jnp.bfloat16)
+
+        def attend(q, k, v, causal=causal):
+            return attention(q, k, v, causal=causal, impl="cudnn")
+
+        def loss(*x, attend=attend):
+            return attend(*x).astype(jnp.float32).sum()
+
+        held = b * t * d * 2 * (h + 2 * kv) / MIB
+        what = f"cuDNN attention {{}}, {name} (B={b}, T={t}, H={h}/{kv}, D={d})"
+        yield Case(what.format("forward"), attend, (q, k, k), 64 + held, 1, "__cudnn$")
+        both = jax.grad(loss, (0, 1, 2))
+        yield Case(what.format("gradient"), both, (q, k, k), 64 + 3 * held, 2, "__cudnn$")
+
+
 def check(case: Case, device: Any, *, mosaic: bool) -> tuple[str, bool]:
     """Compiles one case for a device that need not exist -> (line to print, whether it passed)."""
     import jax
@@ -130,7 +160,8 @@ def check(case: Case, device: Any, *, mosaic: bool) -> tuple[str, bool]:
         return f"FAILED    {case.name}: {type(error).__name__}: {str(error)[:400]}", False
     spent = time.perf_counter() - start
     temporary = compiled.memory_analysis().temp_size_in_bytes / MIB
-    found = compiled.as_text().count('custom_call_target="tpu_custom_call"') if mosaic else 0
+    mosaic |= bool(case.kernels)
+    found = compiled.as_text().count(f'custom_call_target="{case.call}') if mosaic else 0
     passed = temporary <= case.budget_mib and (not mosaic or found == case.kernels)
     word = "ok        " if passed else "EXCEEDED  "
     kernels = f", {found} of {case.kernels} kernels" if mosaic else ""
@@ -144,17 +175,13 @@ def devices(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """(name, one device) of every target.
 
     Raises:
-      ConfigError: a GPU without a target config, or a compiler that is not there.
+      ConfigError: a compiler that is not there.
     """
     from jax.experimental import topologies
 
     if options.platform == "gpu":
-        if options.target is None:
-            raise ConfigError(
-                "verify: --platform gpu needs --target, the text of a GPU target config (of XLA's "
-                "xla/backends/gpu/target_config/specs, or dumped from a real GPU's topology)."
-            )
-        wanted = [("1x1x1", dict(target_config=Path(options.target).read_text()))]
+        text = Path(options.target).read_text() if options.target else GPU_TARGETS["h200"]
+        wanted = [("1x1x1", dict(target_config=text))]
     else:
         wanted = [(name, {}) for name in options.topology or TOPOLOGIES]
     for name, kwargs in wanted:
@@ -178,27 +205,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--topology", action="append", help="of TPUs, e.g. v5e:2x2; repeatable")
     parser.add_argument("--libtpu", help="path of a libtpu.so")
     parser.add_argument("--target", help="file with the text of a GPU target config")
+    parser.add_argument("--cuda", help="folder of JAX's CUDA plugin, ptxas and cuDNN")
     parser.add_argument("--match", default="", help="only cases whose name contains this")
     options = parser.parse_args(arguments)
-    for name, value in {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    }.items():
-        os.environ.setdefault(name, value)
-    if options.libtpu:
-        os.environ["TPU_LIBRARY_PATH"] = options.libtpu
+    tpu = options.platform == "tpu"
+    targets.prepare("v5e:2x2" if tpu else "h200:1", options.libtpu, options.cuda)
     failed = compiled = 0
     for name, device in devices(options):
         sys.stdout.write(f"{name}: {device.device_kind}\n")
-        for case in cases("pallas_tpu" if options.platform == "tpu" else "xla"):
-            if options.match in case.name:
-                line, passed = check(case, device, mosaic=options.platform == "tpu")
-                compiled, failed = compiled + 1, failed + (not passed)
-                sys.stdout.write(f"  {line}\n")
-                sys.stdout.flush()
+        target = targets.Target("tpu", 1) if tpu else targets.Target("cuda", 1, "9.0")
+        programs = cases("pallas_tpu") if tpu else itertools.chain(cases("xla"), cudnn_cases())
+        with targets.compiling_for(target):
+            for case in programs:
+                if options.match in case.name:
+                    line, passed = check(case, device, mosaic=tpu)
+                    compiled, failed = compiled + 1, failed + (not passed)
+                    sys.stdout.write(f"  {line}\n")
+                    sys.stdout.flush()
     sys.stdout.write(f"{compiled - failed} of {compiled} programs compile within their budgets\n")
     return 1 if failed or not compiled else 0
 

@@ -39,6 +39,7 @@ FORBIDDEN = {
 COMES_WITH = {
     "numpy": "jax",
     "ml_dtypes": "jax",
+    "etils": "orbax-checkpoint",
     "pyarrow": "datasets",
     "tokenizers": "transformers",
 }

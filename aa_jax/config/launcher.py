@@ -3,6 +3,7 @@
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from absl import flags
 from rich.console import Console
 from rich.text import Text
 
+from aa_jax import hosts
 from aa_jax.config.files import load, require
 from aa_jax.errors import AaJaxError, ConfigError
 
@@ -32,7 +34,7 @@ def define_flags(workdir: str | None = None) -> None:
     _define_traceback()
 
 
-def run_main(main: Callable, argv: Sequence[str] | None = None) -> None:
+def run_main(main: Callable, argv: Sequence[str] | None = None, *, complete: bool = True) -> None:
     """Parses the command line, calls ``main``, and turns errors into one clear paragraph.
 
     If :func:`define_flags` was called, this is ``main(config, workdir)`` with the locked config
@@ -42,9 +44,13 @@ def run_main(main: Callable, argv: Sequence[str] | None = None) -> None:
     Args:
       main: The launcher's function.
       argv: The command line with the program's name first; ``sys.argv`` if None.
+      complete: Required values and the run directory must be given. Without it ``main`` may get a
+        config with empty placeholders, and None.
 
     Raises:
-      SystemExit: Code 2 after an error a user can fix, 130 after Ctrl-C.
+      SystemExit: Code 2 after an error a user can fix, 130 after Ctrl-C, 75 where another process
+        of the job has ended. One of several processes ends at once: waiting for the others, which
+        wait for it, would hang the job.
     """
     argv = list(sys.argv if argv is None else argv)
     _define_traceback()
@@ -52,20 +58,28 @@ def run_main(main: Callable, argv: Sequence[str] | None = None) -> None:
     # Read before parsing: the flag must also hold for errors in the command line itself.
     show = any(argument in ("--traceback", "-traceback", "--traceback=true") for argument in argv)
     try:
-        main(*_parse(argv))
+        main(*_parse(argv, complete))
     except (AaJaxError, flags.Error) as error:
         if show:
             raise
         _show_error(str(error))
-        raise SystemExit(2) from None
+        hosts.leave(2)
     except KeyboardInterrupt:
         if show:
             raise
         _show_error("interrupted. The same command continues from the last checkpoint.")
-        raise SystemExit(130) from None
+        hosts.leave(130)
+    except Exception as error:
+        if not hosts.joined():
+            raise
+        if (lost := hosts.explain(error)) is not None and not show:
+            _show_error(lost)
+            hosts.leave(hosts.LOST_A_PEER)
+        traceback.print_exc()
+        hosts.leave(1)
 
 
-def _parse(argv: list[str]) -> tuple[Any, ...]:
+def _parse(argv: list[str], complete: bool) -> tuple[Any, ...]:
     overrides, rest = _split_overrides(argv)
     unparsed = flags.FLAGS(rest)[1:]
     if unparsed:
@@ -80,6 +94,8 @@ def _parse(argv: list[str]) -> tuple[Any, ...]:
     if flags.FLAGS.config is None:
         raise ConfigError("no config file was given: pass --config=configs/<task>/<name>.py")
     config = load(flags.FLAGS.config, overrides)
+    if not complete:
+        return config, flags.FLAGS.workdir and Path(flags.FLAGS.workdir)
     require(config)
     if flags.FLAGS.workdir is None:
         raise ConfigError("no run directory was given: pass --workdir=runs/<name>")

@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from aa_jax import hosts
 from aa_jax.config.files import require
 from aa_jax.errors import ConfigError
 
@@ -26,6 +27,7 @@ HARMLESS = (
     "*keep_last",
     "*keep_every",
     "*progress",
+    "*profile",
     "*workers",
     "*prefetch",
     "*compilation_cache*",
@@ -59,12 +61,14 @@ def flatten(resolved: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def write_resolved(config: ConfigDict | Mapping, workdir: str | os.PathLike) -> Path:
     """Writes ``config.json`` and, to be read or pasted, ``config.txt`` with one flag per line.
 
-    Every process of a multi-host run may call this; only process 0 writes.
-    """
-    import jax
+    Every process of a job calls this; only process 0 writes.
 
+    Raises:
+      ConfigError: The processes were started with different configs.
+    """
     folder, resolved = Path(workdir), resolve(config)
-    if jax.process_index() == 0:
+    _check_same_everywhere(flatten(resolved))
+    if hosts.index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / "config.json", json.dumps(resolved, indent=2, ensure_ascii=False) + "\n")
         lines = [f"--config.{key}={_flag(value)}" for key, value in flatten(resolved).items()]
@@ -89,7 +93,8 @@ def check_same_run(
       ConfigError: Listing every differing key with both values, or if config.json is damaged.
     """
     file = Path(workdir) / "config.json"
-    if not file.exists():
+    # Another process may be writing it just now: all go by what process 0 sees.
+    if not (hosts.first(file.exists()) if hosts.joined() else file.exists()):
         return False
     try:
         old = flatten(json.loads(file.read_text(encoding="utf-8")))
@@ -111,6 +116,23 @@ def check_same_run(
             "Pass another --workdir to start a new run, or undo these changes to continue the old."
         )
     return True
+
+
+def _check_same_everywhere(mine: Mapping[str, Any]) -> None:
+    if not hosts.joined():
+        return
+    theirs = hosts.first(mine)
+    differing = [
+        f"{key}: {_show(theirs, key)} in process 0, {_show(mine, key)} in process {hosts.index()}"
+        for key in {**theirs, **mine}
+        if key not in theirs or key not in mine or not _same(theirs[key], mine[key])
+    ]
+    found = [line for lines in hosts.gather(differing) for line in lines]
+    if found:
+        raise ConfigError(
+            f"the processes of this job were started with different configs ({'; '.join(found)}). "
+            "Start every process with the same command."
+        )
 
 
 def _jsonable(value: Any, path: str) -> Any:

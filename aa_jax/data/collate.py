@@ -262,7 +262,7 @@ def _fill_row(batch: Batch, b: int, group: Sequence[Encoded], shapes: Shapes, la
         if seen.any():
             index = np.where(seen, item.feature_index + features, -1)
             batch["feature_index"][b, start : start + prompt] = index
-            features += int(seen.sum())
+            features += int(seen.sum()) if item.features is None else item.features
         slot = _write_responses(batch, b, start, slot, item, responses, shapes)
         if layout == "prompt":
             batch["last_positions"][b, 0] = end - 1

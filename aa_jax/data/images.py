@@ -34,6 +34,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "CLIPImageProcessor": _CLIP,
     "CLIPFeatureExtractor": _CLIP,
     "LlavaImageProcessor": _CLIP,
+    "LlavaNextImageProcessor": _CLIP,  # of each of its tiles
     "ChameleonImageProcessor": dict(
         size={"shortest_edge": 512},
         crop_size={"height": 512, "width": 512},
@@ -177,7 +178,7 @@ class ImageProcessor:
 
 
 _SHORTEST = ("CLIPImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor")
-_SHORTEST += ("ChameleonImageProcessor",)
+_SHORTEST += ("ChameleonImageProcessor", "LlavaNextImageProcessor")
 # Feature extractors that make something else of a checkpoint folder than pixels.
 _NOT_IMAGES = ("WhisperFeatureExtractor",)
 
@@ -220,6 +221,10 @@ def load_image_processor(folder: Path) -> Any:
             continue
         if str(kind).startswith("Qwen2VLImageProcessor"):
             return _patch_processor(folder, config, both, str(path))
+        if str(kind).startswith("LlavaNextImageProcessor"):
+            from aa_jax.data.anyres import load_anyres  # it builds on this file
+
+            return load_anyres(folder, config, str(path))
         return ImageProcessor.from_dict(config, str(path))
     return None
 

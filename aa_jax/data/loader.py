@@ -1,15 +1,21 @@
 """The iterator of batches: shuffled anew each epoch, sharded over processes, exactly resumable.
 
-Which examples stand in batch ``step`` is a pure function of (seed, step), so the state of the
-iterator is one number and a resumed run sees bit for bit the batches it would have seen.
+Which examples stand in batch ``step``, and in which rows, is a pure function of (seed, step),
+whatever the number of processes. So the state of the iterator is one number, the same on every
+process, and a resumed run sees bit for bit the batches it would have seen, also when it is resumed
+by more or fewer processes.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
+from aa_jax.data.buckets import ByLength
 from aa_jax.data.collate import Batch, Shapes
 from aa_jax.data.example import Report
 from aa_jax.data.tokens import Sizes
@@ -25,19 +31,25 @@ class Loader:
       data: random-access sequence of examples (``aa_jax.data.dataset.Dataset`` with a processor).
       collate: called as ``collate(rows, batch_rows=n)``; pads a short batch to n rows, e.g.
         ``functools.partial(aa_jax.data.collate.collate, shapes=..., layout=...)``.
-      batch_rows: rows of the global batch; each process makes ``batch_rows / process_count``.
+      batch_rows: examples of the global batch, of all processes together.
       epochs: passes over the data; None never ends.
       seed: of the order.
       shuffle: a new order each epoch; otherwise the order of the data.
       drop_remainder: leave out the last, partial batch of an epoch.
       groups: rows made of several examples (packing), as from ``pack``; default one each.
-      process_index: this process.
-      process_count: number of processes; together they make exactly the single-process batches.
+      share: which rows of a batch this process makes (``aa_jax.sharding.share(mesh)``); None: all.
+        The processes together make exactly the batches of one process, and a row that two of them
+        hold (their devices split tensors) is made by both.
+      multiple_of: batches are filled up with empty rows to a multiple of this; at least the pieces
+        of the share, and of ``step.rows_multiple`` for a train step.
+      lengths: of the rows; with them a batch holds rows of similar lengths (`ByLength`).
+      buckets: with ``lengths``: ascending row lengths, the last at least the longest row. A batch
+        is collated with ``length=`` the shortest that holds all its rows.
       threads: batches made in parallel; 0 makes each when it is asked for.
       prefetch: batches made ahead when threads > 0.
 
     Raises:
-      DataError: no data, or batch_rows does not fit the processes.
+      DataError: no data, or the rows do not fit the share.
     """
 
     def __init__(
@@ -51,20 +63,24 @@ class Loader:
         shuffle: bool = True,
         drop_remainder: bool = False,
         groups: Sequence[Sequence[int]] | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
+        share: Any = None,
+        multiple_of: int = 1,
+        lengths: Sequence[int] | None = None,
+        buckets: Sequence[int] = (),
         threads: int = 0,
         prefetch: int = 2,
     ):
-        if batch_rows < 1 or batch_rows % process_count:
+        pieces = 1 if share is None else share.pieces
+        if batch_rows < 1 or multiple_of < 1 or multiple_of % pieces:
             raise DataError(
-                f"batch_rows={batch_rows} is not a positive multiple of the {process_count} "
-                "processes."
+                f"batch_rows={batch_rows} must be positive and multiple_of={multiple_of} a "
+                f"multiple of the {pieces} pieces that the mesh cuts a batch into."
             )
         self.data, self.batch_rows, self.epochs, self.seed = data, batch_rows, epochs, seed
         self._collate, self._groups = collate, groups
-        self._local = batch_rows // process_count
-        self._first = process_index * self._local
+        self.share = share
+        padded = -(-batch_rows // multiple_of) * multiple_of
+        self._own = list(range(padded)) if share is None else share.rows(padded).tolist()
         self._rows = len(data) if groups is None else len(groups)
         whole, rest = divmod(self._rows, batch_rows)
         self.steps_per_epoch = whole + bool(rest and not drop_remainder)
@@ -75,6 +91,14 @@ class Loader:
             )
         self.report: Report = getattr(data, "report", None) or Report(len(data), len(data))
         self._threads, self._prefetch = threads, prefetch
+        self._lengths, self._buckets = lengths, tuple(buckets)
+        if lengths is not None and len(lengths) != self._rows:
+            raise DataError(f"{len(lengths)} lengths for {self._rows} rows.")
+        if buckets and (lengths is None or max(lengths) > buckets[-1]):
+            raise DataError(
+                f"the longest bucket, {buckets[-1]} tokens, must hold the longest row: give the "
+                "rows' lengths, and a last bucket that is no shorter."
+            )
         self._order = self._make_order(shuffle)
         log.info("%d steps per epoch of %d rows; %s", self.steps_per_epoch, self._rows, self.report)
 
@@ -82,7 +106,12 @@ class Loader:
         import grain
 
         order = grain.MapDataset.range(self._rows)
-        return order.seed(self.seed).shuffle() if shuffle else order
+        if not shuffle:
+            return order
+        order = order.seed(self.seed).shuffle()
+        if self._lengths is None:
+            return order
+        return ByLength(order, self._lengths, self.batch_rows, self.seed)
 
     def __len__(self) -> int:
         """Number of batches of all epochs."""
@@ -92,20 +121,37 @@ class Loader:
 
     def rows(self, step: int) -> list[int]:
         """The rows of this process's share of batch ``step``; fewer at the end of an epoch."""
+        places = self._places(step)
+        return [int(self._order[places[i]]) for i in self._own if i < len(places)]
+
+    def _places(self, step: int) -> range:
+        """The places of the global batch in the order of all epochs."""
         epoch, at = divmod(step, self.steps_per_epoch)
-        first = at * self.batch_rows + self._first
-        last = min(first + self._local, (at + 1) * self.batch_rows, self._rows)
+        first = at * self.batch_rows
         # Beyond one length of data grain continues with the next epoch's order.
-        return [int(self._order[epoch * self._rows + i]) for i in range(first, last)]
+        start = epoch * self._rows + first
+        return range(start, start + min(self.batch_rows, self._rows - first))
+
+    def _bucket(self, step: int) -> dict[str, int]:
+        """The row length of the global batch, the same for every process."""
+        if not self._buckets:
+            return {}
+        longest = max(self._lengths[int(self._order[place])] for place in self._places(step))
+        return {"length": next(length for length in self._buckets if length >= longest)}
 
     def batch(self, step: int) -> Batch:
         """Batch number ``step``, counted from the start of training."""
-        rows = self.rows(step)
+        form = functools.partial(self._collate, batch_rows=len(self._own), **self._bucket(step))
+        if rows := self.rows(step):
+            return form([self._item(row) for row in rows])
+        # Only empty rows are left for this process: their columns are those of any row of this
+        # batch, emptied.
+        return _emptied(form([self._item(int(self._order[self._places(step)[0]]))]))
+
+    def _item(self, row: int) -> Any:
         if self._groups is None:
-            items = [self.data[i] for i in rows]
-        else:
-            items = [[self.data[i] for i in self._groups[row]] for row in rows]
-        return self._collate(items, batch_rows=self._local)
+            return self.data[row]
+        return [self.data[i] for i in self._groups[row]]
 
     def __iter__(self) -> BatchIterator:
         import grain
@@ -114,17 +160,23 @@ class Loader:
         steps = grain.MapDataset.range(total).map(self.batch)
         buffer = self._prefetch if self._threads else 0
         options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=buffer)
-        return BatchIterator(iter(steps.to_iter_dataset(options)), self._fingerprint())
+        batches = iter(steps.to_iter_dataset(options))
+        return BatchIterator(batches, self._fingerprint(), self.share)
 
     def _fingerprint(self) -> dict[str, int]:
-        return {"rows": self._rows, "batch_rows": self.batch_rows, "seed": self.seed}
+        plain = {"rows": self._rows, "batch_rows": self.batch_rows, "seed": self.seed}
+        return plain if self._lengths is None else plain | {"by_length": 1}
 
 
 class BatchIterator(Iterator[Batch]):
-    """Batches, and where in the data they are."""
+    """Batches, and where in the data they are.
 
-    def __init__(self, batches: Any, fingerprint: dict[str, int]):
-        self._batches, self._fingerprint = batches, fingerprint
+    Attributes:
+      share: the rows of each global batch that these batches hold; None: all.
+    """
+
+    def __init__(self, batches: Any, fingerprint: dict[str, int], share: Any = None):
+        self._batches, self._fingerprint, self.share = batches, fingerprint, share
 
     def __next__(self) -> Batch:
         return next(self._batches)
@@ -155,6 +207,16 @@ class BatchIterator(Iterator[Batch]):
         self._batches.set_state(state["position"])
 
 
+def _emptied(batch: Batch) -> Batch:
+    """The batch with nothing in it, as padding is: zeros, and no media at any token."""
+    return {
+        name: _emptied(x)
+        if isinstance(x, dict)
+        else np.full_like(x, -1 if name == "feature_index" else 0)
+        for name, x in batch.items()
+    }
+
+
 def pack(sizes: Sequence[Sizes], shapes: Shapes, *, seed: int = 0) -> list[tuple[int, ...]]:
     """Groups short examples into rows: first fit over a shuffled order.
 
@@ -170,8 +232,6 @@ def pack(sizes: Sequence[Sizes], shapes: Shapes, *, seed: int = 0) -> list[tuple
     Raises:
       DataError: an example that fits no row.
     """
-    import numpy as np
-
     groups: list[list[int]] = []
     room: list[list[int]] = []
     open_rows: list[int] = []  # only these are searched, so packing stays linear

@@ -30,6 +30,10 @@ class Prepared:
         lengths were asked for.
       frames: of a clip, those that are not padding.
       ids: [N] the image itself, where images are tokens of the text.
+      tiles: pieces the tower reads one by one; then pixels are [tiles, 3, H, W].
+      features: [count] which of the tiles' features each token stands for; None: one after the
+        other.
+      made: features the tiles give; None: as many as there are tokens.
     """
 
     count: int
@@ -38,3 +42,6 @@ class Prepared:
     pixels: np.ndarray | None = None
     frames: int | None = None
     ids: np.ndarray | None = None
+    tiles: int | None = None
+    features: np.ndarray | None = None
+    made: int | None = None

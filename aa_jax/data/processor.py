@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from aa_jax.data.anyres import AnyresProcessor
 from aa_jax.data.audio_chat import AUDIO_TOKEN, QWEN2_AUDIO_TEMPLATE
 from aa_jax.data.audio_features import AudioProcessor, load_audio_processor
 from aa_jax.data.chat import CLOSE, OPEN, ChatTemplate
@@ -72,7 +73,7 @@ class Processor:
         tokenizer: Any,
         *,
         chat_template: str | None = None,
-        image_processor: ImageProcessor | PatchProcessor | None = None,
+        image_processor: ImageProcessor | PatchProcessor | AnyresProcessor | None = None,
         image_token: str = "<image>",
         video_token: str | None = None,
         media_borders: tuple[str, str] = ("", ""),
@@ -219,8 +220,9 @@ class Processor:
         if self.packs_patches:
             self._save_patches(folder)
             return
+        tiled = isinstance(self.image_processor, AnyresProcessor)
         processor = {
-            "processor_class": "LlavaProcessor",
+            "processor_class": f"Llava{'Next' * tiled}Processor",
             "image_token": self.image_token,
             "patch_size": self.patch_size,
             "vision_feature_select_strategy": self.vision_feature_select_strategy,
@@ -437,6 +439,8 @@ class Processor:
             given = image_size(item, root=root, where=where)
         else:
             given = (1, 1)  # any size gives the same
+        if isinstance(self.image_processor, AnyresProcessor):
+            return self.image_processor.prepare(item if pixels else None, given, self.patch_size)
         if not self.packs_patches:
             size = self.image_processor.output_size(*given)
             made, count = self.image_processor(item) if pixels else None, self.feature_count(*given)
@@ -469,6 +473,8 @@ class Processor:
             return self.image_tokens.length + 2
         if self.image_processor is None or self.patch_size is None:
             raise CheckpointError("This checkpoint reads no images.")
+        if isinstance(self.image_processor, AnyresProcessor):
+            return self.image_processor.prepare(None, (height, width), self.patch_size).count
         height, width = self.image_processor.output_size(height, width)
         count = (height // self.patch_size) * (width // self.patch_size)
         count += self.num_additional_image_tokens

@@ -73,7 +73,7 @@ class Encoded:
       ended: whether each response kept its end token (False: it was cut).
       feature_index: [P] int32, which media feature stands at this token; -1 is text.
       trained: [P] bool, prompt tokens to train as well (earlier assistant turns).
-      images: I, number of images (and videos).
+      images: I, number of images (and videos), or of their tiles.
       media: arrays for the tower: ``pixel_values`` [I, 3, H, W] float32, or for free sizes
         [N, K] patches and ``grid_thw`` [I, 3]; for audio ``input_features`` [A, mels, frames] and
         ``feature_lengths`` [A]; empty when only lengths were asked for.
@@ -85,6 +85,7 @@ class Encoded:
       patches: number of patches of all images, where sizes are free.
       patch_numbers: numbers in each.
       media_shapes: of the media arrays other than pixels, known without decoding.
+      features: number of features its media give; None: one per token that stands for one.
     """
 
     prompt: Int[np.ndarray, " P"]
@@ -102,6 +103,7 @@ class Encoded:
     patches: int = 0
     patch_numbers: int = 0
     media_shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    features: int | None = None
 
     @property
     def sizes(self) -> Sizes:
@@ -154,6 +156,10 @@ def encode_example(
     ids = np.asarray(tokens.ids, np.int32)
     repeats, feature_index = _expand(ids, kinds, counts, processor, where)
     prompt = np.repeat(ids, repeats)
+    if items and items[0].features is not None:
+        made = np.cumsum([0, *(item.made for item in items)])
+        order = [item.features + at for item, at in zip(items, made, strict=False)]
+        feature_index[feature_index >= 0] = np.concatenate(order)
     if processor.image_tokens is not None:
         spans = [item.ids for item in items]
         prompt, feature_index = processor.image_tokens.fill(prompt, feature_index, spans)
@@ -173,7 +179,7 @@ def encode_example(
         tuple(ended),
         feature_index,
         np.repeat(trained, repeats),
-        sum(map(_is_picture, items)),
+        sum((item.tiles or 1) for item in items if _is_picture(item)),
         where=where,
         meta=dict(example.meta),
         **_pixels(items, feature_index, processor, pixels, where),
@@ -384,8 +390,11 @@ def _pixels(
             f"{sorted(sizes)}. One batch needs one size: set do_center_crop, or a fixed height "
             "and width, in preprocessor_config.json."
         )
-    media = {"pixel_values": np.stack([i.pixels for i in items])} if pixels and items else {}
-    return {"media": media, "image_size": next(iter(sizes), None)}
+    tiled = bool(items) and items[0].tiles is not None
+    join = np.concatenate if tiled else np.stack
+    media = {"pixel_values": join([i.pixels for i in items])} if pixels and items else {}
+    made = sum(item.made for item in items) if tiled else None
+    return {"media": media, "image_size": next(iter(sizes), None), "features": made}
 
 
 def _clips(items: Sequence[Prepared], processor: Processor, pixels: bool) -> dict[str, Any]:

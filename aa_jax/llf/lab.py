@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -67,9 +68,13 @@ class Lab:
         """Model, parameters (sharded over the mesh) and processor of a checkpoint folder."""
         model, params = models.load(
             folder, dtype=self.dtype, param_dtype=self.param_dtype, remat=self.remat,
-            shardings=lambda m: shardings(m.axes(), m.abstract(), self.mesh),
+            shardings=self.places,
         )  # fmt: skip
         return model, params, Processor.from_pretrained(folder)
+
+    def places(self, model: models.Model) -> Any:
+        """Where the parameters of a model lie."""
+        return shardings(model.axes(), model.abstract(), self.mesh)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019
     def sampler(self, folder: str, max_new_tokens: int, temperature: float) -> Callable:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aa_jax import models, recipes
+from aa_jax import recipes
 from aa_jax.data import sources, templates
 from aa_jax.data.example import Example
 from aa_jax.errors import ConfigError
@@ -21,6 +21,8 @@ from aa_jax.llf.lab import Lab
 from aa_jax.llf.pairs import form_pairs, write_pairs
 from aa_jax.llf.prompts import critique_prompts, refine_prompts
 from aa_jax.llf.stages import write_json
+from aa_jax.models import adapt
+from aa_jax.runs import save
 
 
 def train_feedback_model(
@@ -56,9 +58,12 @@ def train_model(
     *,
     base: str,
     examples: Sequence,
+    lora: Mapping[str, Any] | None = None,
     **training: Any,
 ) -> dict[str, Any]:
     """Trains a copy of `base` by a recipe and saves it as `folder/model`.
+
+    With low-rank adapters that is the base with them merged in, and `folder/adapter` holds them.
 
     Args:
       folder: of the stage.
@@ -66,10 +71,14 @@ def train_model(
       recipe: a key of `recipes.RECIPES`.
       base: checkpoint folder it starts from.
       examples: Examples, or data already encoded.
+      lora: keyword arguments of `aa_jax.models.adapt.attach`: adapters train, the model does not.
       **training: keyword arguments of `recipes.train`.
     """
     model, params, processor = lab.load(base)
     stage = str(folder.relative_to(lab.workdir)).replace("/", ".")
+    if lora is not None:
+        seed = lab.stream(stage)
+        model, params = adapt.attach(model, params, shardings=lab.places, **{"seed": seed, **lora})
     params, figures = recipes.train(
         recipe,
         model=model,
@@ -82,7 +91,7 @@ def train_model(
         seed=lab.stream(stage),
         **training,
     )
-    models.save(folder / "model", model, params, extra_files_from=base, overwrite=True)
+    save(folder, model, params, base)
     return figures
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from aa_jax import hosts
 from aa_jax.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def run_stages(
     Raises:
       ConfigError: `only` names no stage, or something a stage needs has not finished.
     """
+    hosts.only_one("a pipeline of stages")
     names = [stage.name for stage in stages]
     if only is not None and only not in names:
         raise ConfigError(f"there is no stage {only!r}. The stages, in order: {', '.join(names)}.")

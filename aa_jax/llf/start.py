@@ -16,8 +16,8 @@ import numpy as np
 
 from aa_jax import models
 from aa_jax.data.digits import load_digits, vocabulary, write_processor
-from aa_jax.data.digits.examples import sample_scene
 from aa_jax.data.digits.images import CELL
+from aa_jax.data.digits.scenes import sample_scene
 from aa_jax.data.processor import Processor
 from aa_jax.losses.base import Ratio
 from aa_jax.training.loop import fit

@@ -7,10 +7,11 @@ hidden = model.hidden_states(params, batch)
 import copy
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from aa_jax.errors import ModelError
+from aa_jax.models import adapt
 from aa_jax.models.chameleon import modeling as _chameleon
 from aa_jax.models.chameleon.params import names as _chameleon_names
 from aa_jax.models.config import Reader
@@ -20,6 +21,8 @@ from aa_jax.models.hf import read_config, read_params, write_checkpoint
 from aa_jax.models.llama import modeling as _llama
 from aa_jax.models.llava import modeling as _llava
 from aa_jax.models.llava.params import names as _llava_names
+from aa_jax.models.llava_next import modeling as _llava_next
+from aa_jax.models.llava_next.params import names as _llava_next_names
 from aa_jax.models.names import Names
 from aa_jax.models.qwen import modeling as _qwen
 from aa_jax.models.qwen2_audio import modeling as _qwen2_audio
@@ -49,6 +52,9 @@ ARCHITECTURES: dict[str, Family] = {
     "LlavaForConditionalGeneration": Family(
         "llava", _llava.LlavaConfig, _llava.Llava, _llava_names
     ),
+    "LlavaNextForConditionalGeneration": Family(
+        "llava_next", _llava_next.LlavaNextConfig, _llava_next.LlavaNext, _llava_next_names
+    ),
     "Qwen2AudioForConditionalGeneration": Family(
         "qwen2_audio",
         _qwen2_audio.Qwen2AudioConfig,
@@ -70,6 +76,7 @@ _MODEL_TYPES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
     "qwen2_audio": "Qwen2AudioForConditionalGeneration",
     "chameleon": "ChameleonForConditionalGeneration",
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
@@ -83,6 +90,7 @@ def build(
     dtype: str = "float32",
     param_dtype: str = "float32",
     remat: str = "none",
+    quantize: Mapping[str, Any] | None = None,
 ) -> Model:
     """A model from a decoded config.json; allocates nothing.
 
@@ -91,6 +99,8 @@ def build(
         dtype: type of activations and matmuls, "float32", "bfloat16" or "float16".
         param_dtype: type parameters are stored in.
         remat: "none", "dots" (keep weight matmuls) or "full" (keep layer inputs only).
+        quantize: keyword arguments of `adapt.quantized`: linear layers in 4 or 8 bits, which do not
+            train.
 
     Raises:
         ModelError: the architecture is unknown, or the config holds attributes that are not
@@ -101,7 +111,7 @@ def build(
     reader = Reader(hf_config, "config")
     config = family.config.read(reader)
     reader.raise_problems(family.name)
-    return functional(
+    model = functional(
         family.module,
         family=family.name,
         config=config,
@@ -111,6 +121,7 @@ def build(
         param_dtype=param_dtype,
         remat=remat,
     )
+    return model if quantize is None else adapt.quantized(model, **quantize)
 
 
 def _family(hf_config: dict[str, Any]) -> Family:
@@ -135,7 +146,7 @@ def load(
             layout of any transformers version.
         shardings: tree of `jax.sharding.Sharding` like the parameters, or a function of the model
             that returns one; None leaves placement to jax.
-        **build_kwargs: of `build` (dtype, param_dtype, remat).
+        **build_kwargs: of `build` (dtype, param_dtype, remat, quantize).
 
     Raises:
         CheckpointError: files are missing or damaged, or tensors and config disagree; all of it
@@ -144,7 +155,7 @@ def load(
     """
     model = build(read_config(path), **build_kwargs)
     placed = shardings(model) if callable(shardings) else shardings
-    return model, read_params(path, model, placed)
+    return model, read_params(path, adapt.plain(model), placed, model.variant)
 
 
 def save(
@@ -158,7 +169,8 @@ def save(
 ) -> None:
     """Writes a folder that transformers' `from_pretrained` loads: config.json, model.safetensors.
 
-    The folder appears under its name only when it is complete.
+    Adapters are merged into it and quantised kernels made wide, one leaf at a time. The folder
+    appears under its name only when it is complete.
 
     Args:
         path: the new folder.
@@ -173,8 +185,7 @@ def save(
     """
     write_checkpoint(
         path,
-        model,
-        params,
+        *adapt.pending(model, params),
         extra_files_from=extra_files_from,
         dtype=dtype,
         overwrite=overwrite,

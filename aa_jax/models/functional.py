@@ -19,6 +19,8 @@ from jaxtyping import Array, Float, Int
 from aa_jax.errors import ConfigError, ModelError
 from aa_jax.models.layers import REMAT_POLICIES, check_choice
 from aa_jax.models.names import Names, flatten, unflatten
+from aa_jax.models.variants import Variant
+from aa_jax.models.variants import axes as variant_axes
 
 Params = dict[str, Any]
 Batch = dict[str, Any]
@@ -60,6 +62,10 @@ class Model:
             {"prompt_k": [L,P,K,S,Dh], "prompt_v": the same, "prompt_length": [P], "k":
             [L,B,K,R,Dh], "v": the same, "spot": [B] where in R this token goes (R: nowhere),
             "position": [B]}, of which "k" and "v" come back changed.
+        variant: its adapters and quantised kernels. A model with adapters takes parameters
+            without them too, and is then its base.
+        edit: ``variant -> Model``: the same architecture as another variant.
+        frozen: paths of the parameters that do not train: those under adapters, quantised ones.
     """
 
     family: str
@@ -75,6 +81,9 @@ class Model:
     head: Callable[[Params], Array]
     prefill: Callable[..., tuple[Array, Cache]]
     decode: Callable[..., tuple[Array, Cache]]
+    variant: Variant
+    edit: Callable[[Variant], "Model"]
+    frozen: tuple[str, ...]
 
 
 def dtype_named(what: str, name: str) -> Any:
@@ -97,6 +106,7 @@ def functional(
     dtype: str,
     param_dtype: str,
     remat: str,
+    variant: Variant | None = None,
 ) -> Model:
     """Splits a family's class once, abstractly, and closes its methods over the structure.
 
@@ -109,24 +119,36 @@ def functional(
         dtype: type of activations and matmuls.
         param_dtype: type parameters are stored in.
         remat: key of `layers.REMAT_POLICIES`.
+        variant: adapters and quantised kernels; None is the plain model.
     """
     check_choice("remat", remat, REMAT_POLICIES)
+    variant = variant or Variant()
     kwargs = dict(
         dtype=dtype_named("dtype", dtype),
         param_dtype=dtype_named("param_dtype", param_dtype),
         remat=remat,
     )
 
-    def split(key: Array) -> tuple[Any, Any]:
+    def split(key: Array, variant: Variant) -> tuple[Any, Any]:
+        rngs = nnx.Rngs(params=key)
+        module = cls(config, rngs=rngs, **kwargs)
+        variant.apply(module, rngs)
         # Naming nnx.Param alone raises if a module holds any other state.
-        return nnx.split(cls(config, rngs=nnx.Rngs(params=key), **kwargs), nnx.Param)
+        return nnx.split(module, nnx.Param)
 
-    graphdef, abstract_state = jax.eval_shape(split, jax.random.key(0))
-    abstract = nnx.to_pure_dict(abstract_state)
+    def structure(variant: Variant) -> tuple[Any, Params]:
+        graphdef, state = jax.eval_shape(lambda key: split(key, variant), jax.random.key(0))
+        return graphdef, nnx.to_pure_dict(state)
+
+    graphdef, abstract = structure(variant)
     leaves = flatten(abstract)
+    base_graphdef, base = structure(variant.without_adapters()) if variant.lora else (None, {})
+    base_leaves = flatten(base)
 
     def bind(params: Params) -> Any:
         given = flatten(params)
+        if base and given.keys() == base_leaves.keys():
+            return nnx.merge(base_graphdef, nnx.State(params))
         if given.keys() != leaves.keys():
             raise ModelError(
                 f"These are not the parameters of this {family} model: missing "
@@ -137,11 +159,24 @@ def functional(
         return nnx.merge(graphdef, nnx.State(params))
 
     def init(key: Array) -> Params:
-        return nnx.to_pure_dict(split(key)[1])
+        return nnx.to_pure_dict(split(key, variant)[1])
 
     def axes() -> Params:
-        rules = names.for_leaves(leaves)
-        return unflatten({path: rule.all_axes for path, rule in rules.items()})
+        plain = leaves if variant == Variant() else flatten(structure(Variant())[1])
+        return unflatten(variant_axes(names, plain, leaves))
+
+    def edit(variant: Variant) -> Model:
+        return functional(
+            cls,
+            family=family,
+            config=config,
+            hf_config=hf_config,
+            names=names,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            remat=remat,
+            variant=variant,
+        )
 
     def arrays(batch: Batch) -> Batch:
         return jax.tree.map(jnp.asarray, batch)  # host batches are numpy
@@ -200,4 +235,7 @@ def functional(
         head=head,
         prefill=prefill,
         decode=decode,
+        variant=variant,
+        edit=edit,
+        frozen=variant.frozen(leaves),
     )

@@ -4,6 +4,7 @@ A score model's parameters are {"model": the backbone's, "score_head": {"kernel"
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from aa_jax.errors import CheckpointError
+from aa_jax.hosts import to_host
+from aa_jax.models import adapt, safetensors
 from aa_jax.models import load as load_model
-from aa_jax.models import safetensors
 from aa_jax.models.functional import Batch, Model, Params
-from aa_jax.models.hf import to_host, write_checkpoint
+from aa_jax.models.hf import write_checkpoint
 
 HEAD_FILE = "score_head.safetensors"
 HEAD_TENSOR = "score_head.kernel"
@@ -91,21 +93,25 @@ def save(
             f"A score model's parameters are {{'model', 'score_head'}}, these are {set(params)}; "
             "save a plain model with aa_jax.models.save."
         )
-    kernel = to_host(params["score_head"]["kernel"])
-
-    def add_head(folder: Path) -> None:
-        spec = {HEAD_TENSOR: (kernel.dtype, kernel.shape)}
-        safetensors.write(folder / HEAD_FILE, spec, [(HEAD_TENSOR, kernel)])
-
     write_checkpoint(
         path,
-        model,
-        params["model"],
+        *adapt.pending(model, params["model"]),
         extra_files_from=extra_files_from,
         dtype=dtype,
         overwrite=overwrite,
-        finish=add_head,
+        finish=writer(params),
     )
+
+
+def writer(params: Params) -> Callable[[Path], None]:
+    """``write(folder)``, which puts a score model's head into a folder."""
+    kernel = to_host(params["score_head"]["kernel"])
+
+    def write(folder: Path) -> None:
+        spec = {HEAD_TENSOR: (kernel.dtype, kernel.shape)}
+        safetensors.write(folder / HEAD_FILE, spec, [(HEAD_TENSOR, kernel)])
+
+    return write
 
 
 def load(

@@ -11,12 +11,15 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from aa_jax.errors import CheckpointError
+from aa_jax.hosts import to_host
 from aa_jax.models import safetensors
+from aa_jax.models.adapt import Pending
 from aa_jax.models.functional import Params, dtype_named
 from aa_jax.models.names import Names, Rule, flatten, unflatten
+from aa_jax.models.quantized import quantize_on_device
+from aa_jax.models.variants import Variant
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +81,12 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
-def read_params(path: str | os.PathLike[str], model: Stored, shardings: Any = None) -> Params:
+def read_params(
+    path: str | os.PathLike[str],
+    model: Stored,
+    shardings: Any = None,
+    variant: Variant | None = None,
+) -> Params:
     """The parameters of a checkpoint folder, checked against the model before any is read.
 
     Each leaf is assembled on the host, moved to its devices and forgotten, so the host never
@@ -86,9 +94,10 @@ def read_params(path: str | os.PathLike[str], model: Stored, shardings: Any = No
 
     Args:
         path: folder with model.safetensors, or shards with model.safetensors.index.json.
-        model: what the tensors must fill; gives names, shapes and the stored type.
-        shardings: tree of `jax.sharding.Sharding` like the parameters; None leaves placement to
-            jax.
+        model: what the tensors must fill, a plain model; gives names, shapes and the stored type.
+        shardings: tree of `jax.sharding.Sharding` like the parameters returned; None leaves
+            placement to jax.
+        variant: says which kernels to quantise as they are read.
 
     Raises:
         CheckpointError: one message with every unmapped tensor, unfilled parameter, wrong shape
@@ -110,12 +119,16 @@ def read_params(path: str | os.PathLike[str], model: Stored, shardings: Any = No
     if tied is not None:
         _check_tied(found, *tied)
     placed = flatten(shardings) if shardings is not None else {}
-    return unflatten(
-        {
-            name: _load_leaf(found, rules[name], leaf, placed.get(name))
-            for name, leaf in leaves.items()
-        }
-    )
+    few_bits = {f"{layer}/kernel" for layer in variant.quantized} if variant else set()
+    params: dict[str, jax.Array] = {}
+    for name, leaf in leaves.items():
+        if name in few_bits:
+            parts = _quantized_leaf(found, rules[name], leaf, variant)
+            made = {f"{name}/{part}": array for part, array in parts.items()}
+        else:
+            made = {name: _host_leaf(found, rules[name], leaf)}
+        params |= {path: _place(host, placed.get(path)) for path, host in made.items()}
+    return unflatten(params)
 
 
 def _find(folder: Path, model: Stored, problems: list[str]) -> dict[str, safetensors.Entry]:
@@ -207,26 +220,39 @@ def _check_tied(found: dict[str, safetensors.Entry], head: str, embedding: str) 
         )
 
 
-def _load_leaf(
-    found: dict[str, safetensors.Entry], rule: Rule, leaf: Any, sharding: Any
-) -> jax.Array:
+def _host_leaf(found: dict[str, safetensors.Entry], rule: Rule, leaf: Any) -> np.ndarray:
     names = rule.hf_names(leaf.shape)
-    if rule.stacked:
-        host = np.empty(leaf.shape, leaf.dtype)
-        for layer, name in enumerate(names):
-            host[layer] = rule.transform.to_ours(found[name].read())
-    else:
-        host = np.array(rule.transform.to_ours(found[names[0]].read()), leaf.dtype)
+    if not rule.stacked:
+        return np.array(rule.transform.to_ours(found[names[0]].read()), leaf.dtype)
+    host = np.empty(leaf.shape, leaf.dtype)
+    for layer, name in enumerate(names):
+        host[layer] = rule.transform.to_ours(found[name].read())
+    return host
+
+
+def _quantized_leaf(
+    found: dict[str, safetensors.Entry], rule: Rule, leaf: Any, variant: Variant
+) -> dict[str, np.ndarray]:
+    """Codes and scales of a kernel, one layer at a time, from the values as stored."""
+    parts = [
+        quantize_on_device(np.asarray(rule.transform.to_ours(found[name].read())),
+                           variant.quantization)
+        for name in rule.hf_names(leaf.shape)
+    ]  # fmt: skip
+    codes, scales = (np.stack(list(map(np.asarray, side))) for side in zip(*parts, strict=True))
+    made = {"codes": codes, "scales": scales}
+    return made if rule.stacked else {part: array[0] for part, array in made.items()}
+
+
+def _place(host: np.ndarray, sharding: Any) -> jax.Array:
     if sharding is None:
         return jax.numpy.asarray(host)
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: host[index])
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def to_host(leaf: Any) -> np.ndarray:
-    """A leaf as a host array, gathered from all processes where it is spread over them."""
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(leaf)
+def whole(leaf: Any) -> np.ndarray:
+    """A leaf as a host array; one that waits to be made is made now."""
+    return to_host(leaf.make() if isinstance(leaf, Pending) else leaf)
 
 
 def write_checkpoint(
@@ -251,12 +277,7 @@ def write_checkpoint(
             f"These parameters are not those of the {model.family} model being saved; they differ "
             f"in: {'; '.join(wrong)}."
         )
-    target = Path(path)
-    if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(
-            f"{target} exists and is not empty; choose a new folder, or pass overwrite=True to "
-            "replace it as a whole."
-        )
+    check_target(path, overwrite)
     rules = model.names.for_leaves(expected)
     stored = None if dtype is None else np.dtype(dtype_named("dtype", dtype))
     specs = {
@@ -267,36 +288,55 @@ def write_checkpoint(
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for name, rule in rules.items():
-            host = to_host(leaves[name])
+            host = whole(leaves[name])
             host = host if stored is None else host.astype(stored)
             layers = host if rule.stacked else [host]
             for hf, layer in zip(rule.hf_names(host.shape), layers, strict=True):
                 yield hf, rule.transform.to_hf(layer)
 
-    if jax.process_index() != 0:
-        for _ in tensors():  # takes part in the gathers, writes nothing
-            pass
-        return
-    # The copy is read before anything is replaced: its source may be the folder being replaced.
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    try:
-        made.chmod(0o755)
-        safetensors.write(made / WEIGHTS, specs, tensors())
+    def write(folder: Path) -> None:
+        safetensors.write(folder / WEIGHTS, specs, tensors())
         kinds = {np.dtype(d).name for d, _ in specs.values()}
         config = dict(model.hf_config)
         config.pop("torch_dtype", None)
         config["dtype"] = kinds.pop() if len(kinds) == 1 else "float32"
-        (made / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if extra_files_from is not None:
-            copy_extra_files(Path(extra_files_from), made)
+            copy_extra_files(Path(extra_files_from), folder)
         if finish is not None:
-            finish(made)
+            finish(folder)
+
+    if jax.process_index() != 0:
+        for _ in tensors():  # takes part in the gathers, writes nothing
+            pass
+        return
+    write_folder(path, write)
+    logger.info("wrote %d tensors to %s", len(specs), path)
+
+
+def check_target(path: str | os.PathLike[str], overwrite: bool) -> None:
+    """Raises CheckpointError where a folder must not be replaced."""
+    target = Path(path)
+    if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(
+            f"{target} exists and is not empty; choose a new folder, or pass overwrite=True to "
+            "replace it as a whole."
+        )
+
+
+def write_folder(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+    """Fills a folder with ``write(folder)``; it appears under its name only when it is complete."""
+    # What is copied is read before anything is replaced: it may lie in the folder being replaced.
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        made.chmod(0o755)
+        write(made)
         _replace(made, target)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
-    logger.info("wrote %d tensors to %s", len(specs), target)
 
 
 def copy_extra_files(source: Path, target: Path) -> None:

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from aa_jax.errors import ConfigError
+from aa_jax.platforms import target
 
 # Hugging Face's `hidden_act` names, spelt as its configs spell them.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -52,25 +53,30 @@ def matmul(x: Float[Array, "*batch n_in"], kernel: Float[Array, "n_in n_out"]) -
     than one axis; flattened to one, the gradient of an MLP is five times faster there. Elsewhere
     the axes stay apart, so that batch and sequence may be sharded separately.
     """
-    if jax.default_backend() != "cpu" or x.ndim < 3:
+    if target.backend() != "cpu" or x.ndim < 3:
         return x @ kernel
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
 
 
 class Linear(nnx.Module):
-    """``x @ kernel + bias``; kernel is [in, out], the transpose of torch's."""
+    """``x @ kernel + bias``; kernel is [in, out], the transpose of torch's.
+
+    `models.variants` may put an adapter beside the kernel and a quantised one in its place.
+    """
 
     def __init__(
         self, n_in: int, n_out: int, *, bias: bool, std: float, rngs: nnx.Rngs, param_dtype: Any
     ):
         self.kernel = normal(rngs, (n_in, n_out), std, param_dtype)
         self.bias = nnx.Param(jnp.zeros((n_out,), param_dtype)) if bias else None
+        self.lora: nnx.Module | None = None
 
     def __call__(self, x: Float[Array, "*batch n_in"]) -> Float[Array, "*batch n_out"]:
-        y = matmul(x, self.kernel[...].astype(x.dtype))
+        quantized = isinstance(self.kernel, nnx.Module)
+        y = self.kernel(x) if quantized else matmul(x, self.kernel[...].astype(x.dtype))
         if self.bias is not None:
             y = y + jnp.broadcast_to(self.bias[...].astype(x.dtype), y.shape)
-        return y
+        return y if self.lora is None else y + self.lora(x)
 
 
 class Embedding(nnx.Module):

@@ -126,12 +126,15 @@ class Names:
         layouts: (pattern, replacement) pairs that turn other known layouts into the rules' names.
         buffers: patterns of stored tensors that are computed here and may be skipped.
         tied: (head, embedding) names: a stored head of a tied model must equal the embedding.
+        modules: (pattern, replacement) pairs that turn the rules' names into those of the modules
+            of transformers' class in memory, where these differ; adapters are stored under them.
     """
 
     rules: tuple[Rule, ...]
     layouts: tuple[tuple[str, str], ...] = ()
     buffers: tuple[str, ...] = ()
     tied: tuple[str, str] | None = None
+    modules: tuple[tuple[str, str], ...] = ()
 
     def under(self, hf: str, path: str) -> "Names":
         """The same table below a prefix on both sides (layouts stay with their own root)."""
@@ -145,6 +148,14 @@ class Names:
         """A stored name in the layout the rules use."""
         for pattern, replacement in self.layouts:
             name = re.sub("^" + pattern, replacement, name)
+        return name
+
+    def in_memory(self, name: str) -> str:
+        """A rule's name as transformers' class in memory has it."""
+        for pattern, replacement in self.modules:
+            name, changed = re.subn("^" + pattern, replacement, name)
+            if changed:
+                break
         return name
 
     def is_buffer(self, name: str) -> bool:

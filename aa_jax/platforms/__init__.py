@@ -6,6 +6,23 @@ model = models.build(hf_config, dtype=platform.compute_dtype)
 """
 
 from aa_jax.platforms.base import Platform
-from aa_jax.platforms.startup import PLATFORMS, current, describe, environment, select, start
+from aa_jax.platforms.startup import (
+    PLATFORMS,
+    current,
+    decisions,
+    describe,
+    environment,
+    select,
+    start,
+)
 
-__all__ = ["PLATFORMS", "Platform", "current", "describe", "environment", "select", "start"]
+__all__ = [
+    "PLATFORMS",
+    "Platform",
+    "current",
+    "decisions",
+    "describe",
+    "environment",
+    "select",
+    "start",
+]

@@ -17,6 +17,8 @@ class Platform:
       compute_dtype: Dtype of activations and matmuls; losses are always float32.
       kernels: Kernel implementations, best first.
       environment: Variables set at start-up unless the user has set them already.
+      operations: StableHLO operations its compiler is known or expected to take; None: all.
+      custom_calls: Targets of custom calls it may be given.
       note: One line of what a user should know, for logs and reports.
     """
 
@@ -26,6 +28,8 @@ class Platform:
     compute_dtype: str
     kernels: tuple[str, ...]
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    operations: frozenset[str] | None = None
+    custom_calls: frozenset[str] = frozenset()
     note: str = ""
 
     def choose_kernel(self, available: Collection[str]) -> str:

@@ -9,18 +9,22 @@ import sys
 from numbers import Real
 from pathlib import Path
 
+from aa_jax import hosts
 from aa_jax.errors import ConfigError
+from aa_jax.platforms import target
 from aa_jax.platforms.ascend import ASCEND
 from aa_jax.platforms.base import Platform
 from aa_jax.platforms.cpu import CPU
 from aa_jax.platforms.generic import GENERIC
-from aa_jax.platforms.gpu import GPU
+from aa_jax.platforms.gpu import GPU, ROCM, is_rocm, toolchain_problems
 from aa_jax.platforms.memory import keep_freed_memory
 from aa_jax.platforms.tpu import TPU
 
 log = logging.getLogger(__name__)
 
-PLATFORMS = {"cpu": CPU, "gpu": GPU, "tpu": TPU, "ascend": ASCEND, "generic": GENERIC}
+PLATFORMS = {
+    "cpu": CPU, "gpu": GPU, "rocm": ROCM, "tpu": TPU, "ascend": ASCEND, "generic": GENERIC,
+}  # fmt: skip
 
 _MEMORY = "XLA_CLIENT_MEM_FRACTION"
 _OLD_NAMES = {_MEMORY: "XLA_PYTHON_CLIENT_MEM_FRACTION"}  # JAX refuses to start with both set
@@ -38,10 +42,12 @@ def select(backend: str) -> Platform:
 
 
 def current() -> Platform:
-    """The platform of JAX's default backend; starts the backend if nothing has yet."""
-    import jax
-
-    return _select_once(jax.default_backend())
+    """The platform of JAX's default backend (or of `target.compiling_for`); starts the backend if
+    nothing has yet. What it decides is logged once."""
+    backend = target.backend()
+    if backend == "gpu" and is_rocm(_client_version()):
+        backend = "rocm"
+    return _select_once(backend)
 
 
 def start(
@@ -50,6 +56,8 @@ def start(
     keep_memory: bool = True,
 ) -> None:
     """Prepares the process; call before the first JAX operation, and before opening a backend.
+
+    Where the environment says so it joins a job of several processes, see `aa_jax.hosts.join`.
 
     Variables the user has already set win. Every variable is read by its own backend only, so all
     are set before anyone knows which one will be found.
@@ -87,6 +95,7 @@ def start(
                 "Name a folder that can be written, or leave compilation_cache unset."
             ) from error
         jax.config.update("jax_compilation_cache_dir", str(folder))
+    hosts.join()
 
 
 def environment() -> dict[str, str]:
@@ -127,7 +136,52 @@ def describe() -> str:
 
 @functools.cache
 def _select_once(backend: str) -> Platform:
-    return select(backend)  # cached so that an unknown backend is mentioned once
+    """Cached, so that a platform and what is wrong with it are mentioned once."""
+    platform = select(backend)
+    log.info("%s", decisions(platform))
+    if platform is GPU:
+        version = _client_version()
+        for problem in toolchain_problems(version, target.capability(), _cudnn_version()):
+            log.warning("%s: %s", platform.name, problem)
+    return platform
+
+
+def decisions(platform: Platform) -> str:
+    """What a platform decides, in one line."""
+    set_here = [name for name in platform.environment if name in os.environ]
+    flags = ", ".join(f"{name}={os.environ[name]}" for name in set_here) or "none"
+    allowed = "all operations"
+    if platform.operations is not None:
+        allowed = f"{len(platform.operations)} operations allowed, no custom call"
+    return (
+        f"platform {platform.name}: compute {platform.compute_dtype}, parameters "
+        f"{platform.param_dtype}; kernels {' > '.join(platform.kernels)}; start-up flags {flags}; "
+        f"{allowed} ({platform.note})"
+    )
+
+
+def _client_version() -> str:
+    import jax
+
+    return str(getattr(jax.devices()[0].client, "platform_version", ""))
+
+
+def _cudnn_version() -> int | None:
+    """cuDNN's number, None where it is not installed."""
+    import ctypes
+
+    try:
+        return int(ctypes.CDLL("libcudnn.so.9").cudnnGetVersion())
+    except (OSError, AttributeError):
+        pass
+    try:
+        importlib.metadata.version("nvidia-cudnn-cu13")
+    except importlib.metadata.PackageNotFoundError:
+        try:
+            importlib.metadata.version("nvidia-cudnn-cu12")
+        except importlib.metadata.PackageNotFoundError:
+            return None
+    return 90000
 
 
 def _cores() -> int:

@@ -8,5 +8,5 @@ TPU = Platform(
     param_dtype="float32",
     compute_dtype="bfloat16",
     kernels=("pallas_tpu", "xla", "reference"),
-    note="bfloat16 matmuls, float32 master weights",
+    note="bfloat16 matmuls without loss scaling, float32 master weights",
 )

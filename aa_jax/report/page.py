@@ -13,6 +13,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from aa_jax import hosts
 from aa_jax.errors import DataError
 from aa_jax.report import charts, formats, media
 from aa_jax.report.html import Markup, el, join, prose
@@ -47,6 +48,8 @@ def write_report(
 ) -> Path:
     """Writes ``workdir/report.html``: one file, no requests, light and dark, printable.
 
+    Of several processes only process 0 writes.
+
     The configuration (``workdir/config.json``, if there) and the environment are added at the end.
 
     Args:
@@ -71,6 +74,8 @@ def write_report(
 
         environment = platforms.environment()
     folder = Path(workdir)
+    if hosts.joined() and hosts.index() != 0:
+        return folder / filename
     sections = [*sections, *_appendix(folder, environment)]
     file = folder / filename
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from aa_jax import hosts
 from aa_jax.data.collate import Shapes, collate, grow, plan_shapes
 from aa_jax.data.example import Example, InvalidRow
 from aa_jax.data.processor import Processor
@@ -85,7 +86,7 @@ class RewardModel:
             )  # fmt: skip
             batch = pad_rows(batch, batch_devices(self.mesh))
             out.append(
-                np.asarray(self._score(self.params, put_batch(batch, self.mesh)))[: len(some)]
+                hosts.to_host(self._score(self.params, put_batch(batch, self.mesh)))[: len(some)]
             )
         return np.concatenate(out)
 

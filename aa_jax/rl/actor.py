@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from aa_jax import objectives
+from aa_jax import hosts, objectives
 from aa_jax.data.collate import Batch, Shapes, collate
 from aa_jax.data.tokens import Encoded
 from aa_jax.errors import ConfigError
@@ -123,7 +123,7 @@ class Actor:
             part = jax.tree.map(lambda x, s=start: x[s : s + rows], batch)
             count = len(part["tokens"])
             part = pad_rows(part, max(rows, batch_devices(self.mesh)))
-            parts.append(np.asarray(function(params, put_batch(part, self.mesh)))[:count])
+            parts.append(hosts.to_host(function(params, put_batch(part, self.mesh)))[:count])
         return np.concatenate(parts).astype(np.float32)
 
 

@@ -47,7 +47,7 @@ class Alarms:
         self._early: list[dict[str, float]] = []
         self._on: set[str] = set()
 
-    def check(self, iteration: int, figures: Mapping[str, float]) -> dict[str, float]:
+    def check(self, iteration: int, figures: Mapping[str, float | int]) -> dict[str, float]:
         """The alarm figures of an iteration."""
         if len(self._early) < self._start:
             self._early.append(
@@ -84,7 +84,7 @@ class Alarms:
         values = [line[name] for line in self._early if name in line]
         return sum(values) / len(values) if values else None
 
-    def _moved(self, name: str, spread: str, figures: Mapping[str, float]) -> float | None:
+    def _moved(self, name: str, spread: str, figures: Mapping[str, float | int]) -> float | None:
         """By how many early standard deviations a figure has moved."""
         first, unit = self._first(name), self._first(spread)
         if first is None or not unit or figures.get(name) is None:

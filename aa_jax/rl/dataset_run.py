@@ -4,15 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aa_jax import models, report
+from aa_jax import models, platforms, report
 from aa_jax.data.processor import Processor
 from aa_jax.errors import ConfigError
-from aa_jax.models import heads
+from aa_jax.models import adapt, heads
 from aa_jax.rewards.base import close
 from aa_jax.rewards.build import make_reward
 from aa_jax.rl.algorithms import find_algorithm
 from aa_jax.rl.train import train
-from aa_jax.runs import load_dataset
+from aa_jax.runs import load_dataset, save
 from aa_jax.sharding import make_mesh, shardings
 from aa_jax.training.metrics import read_metrics, series
 
@@ -41,10 +41,14 @@ def run(
     frozen: Sequence[str] = (),
     accumulation: int = 1,
     checkpoint_every: int | None = None,
-    mesh: Mapping[str, int] | None = None,
+    lora: Mapping[str, Any] | None = None,
+    mesh: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Trains a policy and writes `workdir/model` and `workdir/report.html`.
+
+    With low-rank adapters `workdir/model` has them merged in, and `workdir/adapter` is a PEFT
+    folder with them alone.
 
     Args:
       workdir: run directory; the same command again continues.
@@ -74,6 +78,8 @@ def run(
       frozen: path globs of parameters that do not train, in policy and critic.
       accumulation: micro-batches an update is computed in.
       checkpoint_every: updates between checkpoints.
+      lora: keyword arguments of `aa_jax.models.adapt.attach`, for policy and critic; a critic
+        without a path of its own shares the policy's base.
       mesh: sizes for `make_mesh`; default: all devices over data.
       seed: of prompts, samples and minibatches.
 
@@ -88,6 +94,7 @@ def run(
     chosen = dict(critic or {})
     if chosen and not kind.critic:
         raise ConfigError(f"{algorithm} has no critic: leave the critic section out.")
+    platforms.current()  # says in the log what it decides
     devices = make_mesh(**(mesh or {}))
     options = dict(model)
     path = options.pop("path")
@@ -100,6 +107,15 @@ def run(
     start = None
     if chosen.get("path"):
         start = heads.load(chosen["path"], shardings=place, **options)
+    if lora is not None:
+        adapters = {"seed": seed, **lora}
+        built, params = adapt.attach(built, params, shardings=place, **adapters)
+        if start is not None:
+            backbone, values = start
+            backbone, inner = adapt.attach(
+                backbone, values["model"], shardings=place, **{**adapters, "path": None}
+            )
+            start = backbone, {**values, "model": inner}
     judge = make_reward(reward, mesh=devices, allowed=allowed_functions)
     price = None
     if cost:
@@ -119,7 +135,7 @@ def run(
     finally:
         close(judge)
         close(price)
-    models.save(workdir / "model", built, final, extra_files_from=path, overwrite=True)
+    save(workdir, built, final, path)
     write_report(workdir, f"{algorithm}: {Path(path).name}", figures)
     return figures
 
@@ -128,7 +144,7 @@ def write_report(workdir: Path, title: str, figures: Mapping[str, Any]) -> Path:
     """report.html with the curves of the rollouts and of the updates."""
     charts = []
     hidden = {"stage", "step", "time", "nonfinite", "step_seconds", "data_seconds",
-              "compute_seconds", "skipped", "loss_gap"}  # fmt: skip
+              "compute_seconds", "checkpoint_seconds", "skipped", "loss_gap"}  # fmt: skip
     for stage, per in (("rl.rollout", "iteration"), ("rl", "update")):
         rows = read_metrics(workdir, stage=stage)
         for name in sorted({name for line in rows for name in line} - hidden):

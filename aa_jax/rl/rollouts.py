@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from aa_jax import hosts
 from aa_jax.data.collate import Batch, collate
 from aa_jax.data.tokens import Encoded
 from aa_jax.errors import ConfigError, DataError
@@ -250,12 +251,12 @@ class Rollouts(Iterator[Batch]):
         samples = actor.respond(params, encoded, seeds)
         texts = [[actor.text(sample) for sample in group] for group in samples]
         requests = self._requests(indices, texts, samples)
-        scores = evaluate(self.reward, requests)
+        scores = self._judged(self.reward, requests)
         valid = scores.valid.reshape(plan.prompts, plan.samples)
         rewards = scores.values.reshape(valid.shape)
         costs, more = None, {}
         if self._cost is not None:
-            priced = evaluate(self._cost, requests)
+            priced = self._judged(self._cost, requests)
             valid = valid & priced.valid.reshape(valid.shape)
             costs = np.where(valid, priced.values.reshape(valid.shape), 0.0).astype(np.float32)
             more = {k.replace("reward/", "cost/", 1): v for k, v in priced.figures().items()}
@@ -317,6 +318,18 @@ class Rollouts(Iterator[Batch]):
                 }  # fmt: skip
                 requests.append(Request(prompt, text, prompt.meta.get(self._reference_key), meta))
         return requests
+
+    def _judged(self, reward: Any, requests: Sequence[Request]) -> Scores:
+        """What a reward says, the same on every process."""
+        scores = evaluate(reward, requests)
+        if hosts.count() == 1:
+            return scores
+        # Every process asks, as a learned reward needs all of them; a judge that times out or
+        # draws may tell each something else, but what is trained on must be the same.
+        values, valid = hosts.first([scores.values.tolist(), scores.valid.tolist()])
+        return dataclasses.replace(
+            scores, values=np.array(values, np.float32), valid=np.array(valid, bool)
+        )
 
     def _check_paid(self, valid: np.ndarray, scores: Scores) -> None:
         """Ends a run that learns nothing because nobody judges it."""

@@ -75,7 +75,9 @@ def train(
     Args:
       algorithm: a key of `aa_jax.rl.algorithms.ALGORITHMS`.
       model: the policy's architecture.
-      params: its initial parameters; also the reference, unless one is given.
+      params: its initial parameters; also the reference, unless one is given. Of a model with
+        adapters (`aa_jax.models.adapt`) these alone train, and policy, critic and reference share
+        the base's arrays.
       processor: the policy's.
       prompts: prompt-only Examples, or a `Dataset` of the task "prompt"; by random access.
       reward: see `aa_jax.rewards`: requests in, one value each out.
@@ -142,10 +144,12 @@ def train(
         axes = {"policy": axes, "critic": heads.axes(backbone)}
         if row.costs:  # of the same start: first values differ by what is learned, not by luck
             start["cost_critic"], axes["cost_critic"] = critic_params, axes["critic"]
-        sides = ["policy", *(f"{side}/model" for side in start if side != "policy")]
-        frozen = [f"{side}/{glob}" for side in sides for glob in frozen]
+        sides = {f"{side}/model": backbone for side in start if side != "policy"}
+        sides = {"policy": model, **sides}
+        frozen = [f"{at}/{glob}" for at, m in sides.items() for glob in (*m.frozen, *frozen)]
         loss = objectives.actor_critic(model, backbone, costs=row.costs, **options)
     else:
+        frozen = (*model.frozen, *frozen)
         loss = objectives.policy(model, **options)
     select = (lambda p: p["policy"]) if row.critic else (lambda p: p)
     if ptx is not None and ptx_coef:
@@ -192,6 +196,7 @@ def train(
             batches=rollouts, total_steps=plan.updates, workdir=workdir, stage=stage,
             checkpoint_every=checkpoint_every, log_every=plan.epochs * plan.minibatches,
             evaluate=evaluated if evaluate else None, eval_every=eval_every, config=config,
+            save_frozen=not model.frozen,
         )  # fmt: skip
     figures = {
         "prompts": len(data), "dropped": dict(data.report.dropped), "updates": int(state["step"]),

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aa_jax import hosts
 from aa_jax.errors import ConfigError
 from aa_jax.sampling.choose import Choice
 from aa_jax.sampling.constraints import Constraint
@@ -142,4 +143,4 @@ def generate(
     """
     keep = ("tokens", "positions", "intervals", "last_positions", "feature_index", "media")
     inputs = {key: batch[key] for key in keep if key in batch}
-    return jax.device_get(sampler(params, inputs, np.asarray(seeds, np.uint32)))
+    return jax.tree.map(hosts.to_host, sampler(params, inputs, np.asarray(seeds, np.uint32)))

@@ -1,5 +1,6 @@
 """Batches on a mesh: rows padded to what the devices need, host arrays made global."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,11 +10,53 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from aa_jax.errors import DataError
-from aa_jax.sharding.mesh import BATCH_AXES
+from aa_jax.sharding.mesh import BATCH_AXES, batch_devices
 from aa_jax.sharding.rules import path_name
 
 # Zero is what an absent row holds everywhere except here, where -1 means "not a media token".
 _FILL = {"feature_index": -1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The rows of a batch that one process makes, so that each reads and decodes only its own.
+
+    A batch is cut into equal pieces of consecutive rows, one per position on the data and fsdp
+    axes. Devices that split tensors or sequences hold the same rows, also those of two processes.
+
+    Attributes:
+      pieces: how many.
+      own: those this process holds, ascending.
+      counted: those of them that no process of a lower number holds as well: over all processes,
+        every piece once.
+    """
+
+    pieces: int = 1
+    own: tuple[int, ...] = (0,)
+    counted: tuple[int, ...] = (0,)
+
+    def rows(self, total: int) -> np.ndarray:
+        """Which of `total` rows, a multiple of the pieces, are this process's own: ascending."""
+        if total % self.pieces:
+            raise DataError(
+                f"{total} rows cannot be cut into {self.pieces} equal pieces; use a multiple."
+            )
+        per = total // self.pieces
+        return np.concatenate([np.arange(i * per, (i + 1) * per) for i in self.own])
+
+    def total(self, local: int) -> int:
+        """Rows of the whole batch of which this process has `local`."""
+        if local % len(self.own):
+            raise DataError(
+                f"{local} rows are no equal share of {len(self.own)} of {self.pieces} pieces of a "
+                "batch: make them with a Loader that is given this share."
+            )
+        return local // len(self.own) * self.pieces
+
+    def counts(self, local: int) -> np.ndarray:
+        """[local] bool: rows of this process that it, and no other, is to count."""
+        per = local // len(self.own)
+        return np.repeat(np.isin(self.own, self.counted), per)
 
 
 def rows(batch: Mapping[str, Any]) -> int:
@@ -60,7 +103,8 @@ def pad_rows(batch: Mapping[str, Any], multiple: int) -> dict[str, Any]:
         array = np.asarray(array)
         if not array.ndim:
             return array
-        fill = np.full((extra, *array.shape[1:]), _FILL.get(path_name(path), 0), array.dtype)
+        value = _FILL.get(path_name(path[-1:]), 0)
+        fill = np.full((extra, *array.shape[1:]), value, array.dtype)
         return np.concatenate([array, fill])
 
     return jax.tree_util.tree_map_with_path(pad, dict(batch))
@@ -72,14 +116,34 @@ def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     return jax.tree.map(lambda x: by_row if np.ndim(x) else everywhere, dict(batch))
 
 
-def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """Host arrays -> global arrays. In a multi-host run every process gives its own rows.
+def share(mesh: Mesh, process: int | None = None) -> Share:
+    """The rows that a process has to make.
+
+    Args:
+      mesh: Device mesh.
+      process: Default: this one.
+    """
+    process = jax.process_index() if process is None else process
+    devices = mesh.devices.reshape(batch_devices(mesh), -1)
+    holders = [{device.process_index for device in piece} for piece in devices]
+    own = tuple(i for i, found in enumerate(holders) if process in found)
+    return Share(len(holders), own, tuple(i for i in own if min(holders[i]) == process))
+
+
+def put_batch(batch: Mapping[str, Any], mesh: Mesh, share: Share | None = None) -> dict[str, Any]:
+    """Host arrays -> global arrays.
+
+    Args:
+      batch: Arrays of [B, ...].
+      mesh: Device mesh.
+      share: Given if the batch holds only this process's rows, in order; otherwise every process
+        gives the same whole batch, and each device takes its rows of it.
 
     Raises:
       DataError: The rows do not divide over the devices; see `pad_rows`.
     """
-    pieces = mesh.shape[BATCH_AXES[0]] * mesh.shape[BATCH_AXES[1]]
-    total = rows(batch) * jax.process_count()
+    pieces, local = batch_devices(mesh), rows(batch)
+    total = local if share is None else share.total(local)
     if total % pieces:
         raise DataError(
             f"{total} rows cannot be divided over {pieces} devices "
@@ -89,8 +153,21 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     places = batch_shardings(batch, mesh)
     if jax.process_count() == 1:
         return jax.device_put(dict(batch), places)
-    return jax.tree.map(
-        lambda x, place: jax.make_array_from_process_local_data(place, np.asarray(x)),
-        dict(batch),
-        places,
-    )
+
+    # Not make_array_from_process_local_data: it refuses meshes on which the rows of two processes
+    # overlap in part, as those of three processes with two devices each on data=2, tensor=3.
+    per = total // pieces
+
+    def make(x: Any, place: NamedSharding) -> jax.Array:
+        x = np.asarray(x)
+
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
+            if share is None or not x.ndim:
+                return x[index]
+            at = share.own.index((index[0].start or 0) // per) * per
+            return x[at : at + per]
+
+        shape = (total, *x.shape[1:]) if x.ndim else ()
+        return jax.make_array_from_callback(shape, place, piece)
+
+    return jax.tree.map(make, dict(batch), places)

@@ -5,32 +5,31 @@ background, verified when read, and opens on another mesh.
 """
 
 import contextlib
-import functools
 import gc
 import logging
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from etils import epath
 
+from aa_jax import hosts
 from aa_jax.errors import AaJaxError, CheckpointError
 from aa_jax.sharding.rules import path_name
+from aa_jax.training.checksums import checksums
 from aa_jax.training.jsonable import digest, flatten, from_json, to_json
 
 log = logging.getLogger(__name__)
 
 _DAMAGED = "damaged"
+_OUTSIDE = "outside"
 
 
 class _Damaged(Exception):
@@ -89,6 +88,7 @@ class Checkpointer:
         data_state: Any = None,
         meta: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
+        outside: Collection[str] = (),
     ) -> None:
         """Starts writing a checkpoint; returns when the state may be changed again.
 
@@ -98,6 +98,8 @@ class Checkpointer:
           data_state: What the batch iterator's ``get_state()`` gave: JSON values, bytes, arrays.
           meta: What else to remember, JSON values; e.g. {"config": ...}.
           metrics: Values for `keep_best`.
+          outside: Paths of arrays of the state that are kept elsewhere. Only their checksums are
+            saved: `restore` takes the arrays it is given for them, if they are the same.
 
         Raises:
           CheckpointError: This or the previous checkpoint could not be written; earlier ones are
@@ -105,14 +107,15 @@ class Checkpointer:
         """
         self.wait()
         arrays = _named(state)
-        sums = _checksums(list(arrays.values()))
+        sums = checksums(list(arrays.values()))
         leaves = {
-            name: [list(x.shape), x.dtype.name, value]
+            name: [list(x.shape), x.dtype.name, value] + [_OUTSIDE] * (name in outside)
             for (name, x), value in zip(arrays.items(), sums, strict=True)
         }
+        arrays = {name: x for name, x in arrays.items() if name not in outside}
         body = {
             "leaves": leaves,
-            "data": _all_processes(to_json(data_state, "data_state")),
+            "data": _of_all_processes(to_json(data_state, "data_state")),
             "meta": to_json(dict(meta or {}), "meta"),
             "metrics": {name: float(value) for name, value in (metrics or {}).items()},
         }
@@ -133,6 +136,7 @@ class Checkpointer:
         *,
         step: int | None = None,
         partial: bool = False,
+        cast: bool = False,
         check: Callable[[dict[str, Any]], None] | None = None,
     ) -> tuple[Any, Any, dict[str, Any]] | None:
         """Reads the newest checkpoint that is whole.
@@ -143,6 +147,9 @@ class Checkpointer:
             saved values already (frozen parameters), and not read.
           step: This checkpoint instead of the newest; no falling back.
           partial: Read only what `abstract_state` names, e.g. {"params": ...}.
+          cast: Convert floating-point arrays to the types of `abstract_state`, after verifying them
+            as they were saved; otherwise another type is an error. For reading parameters: a run
+            that is continued in another type is another run.
           check: Called with the checkpoint's meta before its arrays are looked at; may raise.
 
         Returns:
@@ -159,7 +166,7 @@ class Checkpointer:
         failures: dict[int, Exception] = {}
         for candidate in reversed(steps if step is None else [step]):
             try:
-                found = self._read(candidate, abstract_state, partial, check)
+                found = self._read(candidate, abstract_state, partial, cast, check)
             except _Damaged as error:
                 log.error("checkpoint %s/%s is damaged: %s", self.folder, candidate, error)
                 failures[candidate] = error
@@ -212,16 +219,20 @@ class Checkpointer:
 
     # ------------------------------------------------------------------ details
 
-    def _read(self, step: int, abstract_state: Any, partial: bool, check: Callable | None) -> tuple:
+    def _read(
+        self, step: int, abstract_state: Any, partial: bool, cast: bool, check: Callable | None
+    ) -> tuple:
         record = self._record(step)
         meta = from_json(record["meta"])
         if check is not None:
             check(meta)
-        wanted = _named(abstract_state)
+        asked = _named(abstract_state)
+        wanted = _as_saved(asked, record["leaves"]) if cast else asked
         self._check_leaves(step, record["leaves"], wanted, partial)
         arrays = {name: x for name, x in wanted.items() if isinstance(x, jax.Array)}
         for name in _changed(arrays, record["leaves"]):
             del arrays[name]
+        self._check_outside(step, record["leaves"], [name for name in wanted if name not in arrays])
         structs = {name: x for name, x in wanted.items() if name not in arrays}
         if structs:
             args = ocp.args.PyTreeRestore(
@@ -229,24 +240,37 @@ class Checkpointer:
                 restore_args=ocp.checkpoint_utils.construct_restore_args(structs),
                 partial_restore=True,
             )
+            # By the handler: the manager's own call waits for the other processes, for ever if
+            # what one of them has to read is damaged.
             with _reading():
-                read = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+                read = ocp.PyTreeCheckpointHandler().restore(self._item(step, "state"), args=args)
             if changed := _changed(read, record["leaves"]):
                 raise _Damaged(f"the values of {changed[0]} are not those that were saved")
             arrays |= read
         treedef = jax.tree.structure(abstract_state)
-        state = jax.tree.unflatten(treedef, [arrays[name] for name in wanted])
-        data = record["data"]
-        index = jax.process_index() if jax.process_count() == len(data) else 0
-        return state, from_json(data[index]), meta
+        arrays = {name: _cast(arrays[name], leaf) for name, leaf in asked.items()}
+        state = jax.tree.unflatten(treedef, list(arrays.values()))
+        return state, from_json(self._own_data(step, record["data"])), meta
+
+    def _own_data(self, step: int, data: Sequence[Any]) -> Any:
+        """This process's data state: the one for all, or its own of as many."""
+        if len(data) not in (1, hosts.count()):
+            raise CheckpointError(
+                f"checkpoint {self.folder}/{step} was made by {len(data)} processes whose data "
+                f"stood at different places; {hosts.count()} cannot go on from there. Run it "
+                f"with {len(data)} processes. (The position of a Loader is the same for all.)"
+            )
+        return data[hosts.index() if len(data) > 1 else 0]
 
     def _record(self, step: int) -> dict[str, Any]:
-        args = ocp.args.Composite(record=ocp.args.JsonRestore())
         with _reading():
-            record = self._manager.restore(step, args=args)["record"]
+            record = ocp.JsonCheckpointHandler().restore(self._item(step, "record"))
             if digest(record["body"]) != record["crc32"]:
                 raise ValueError("the record was changed after it was saved")
         return record["body"]
+
+    def _item(self, step: int, name: str) -> epath.Path:
+        return epath.Path(self.folder) / str(step) / name
 
     def _check_leaves(self, step: int, saved: dict, wanted: dict, partial: bool) -> None:
         def show(entry: Any) -> str:
@@ -266,21 +290,29 @@ class Checkpointer:
             raise CheckpointError(
                 f"checkpoint {self.folder}/{step} was made by another {what}: "
                 f"{'; '.join(differing[:5])}{more}. Use the configuration it was made with, or "
-                "another workdir."
+                "another workdir. (To read parameters into another type: restore(..., cast=True).)"
+            )
+
+    def _check_outside(self, step: int, saved: dict, read: Sequence[str]) -> None:
+        if missing := [name for name in read if saved[name][-1] == _OUTSIDE]:
+            raise CheckpointError(
+                f"checkpoint {self.folder}/{step} holds only what trains, and the frozen "
+                f"parameters given beside it are not those it was made with: {missing[0]} and "
+                f"{len(missing) - 1} more differ. Give the same base model, or another workdir."
             )
 
     def _put_aside(self, failures: Mapping[int, Exception], used: int) -> None:
         """Out of the way of the run, which will reach the same step again; not deleted."""
         if not failures:
             return
-        if jax.process_index() == 0:
+        if hosts.index() == 0:
             (self.folder / _DAMAGED).mkdir(exist_ok=True)
             for step in failures:
                 target = self.folder / _DAMAGED / str(step)
                 while target.exists():
                     target = target.with_name(target.name + "_")
                 os.replace(self.folder / str(step), target)
-        _barrier("aa_jax_damaged")
+        hosts.barrier("aa_jax_damaged")
         self._manager.reload()
         log.warning(
             "resuming from step %s: the newer checkpoints %s are damaged and were moved to %s",
@@ -318,6 +350,8 @@ class Checkpointer:
         except AaJaxError:
             raise
         except Exception as error:
+            if hosts.explain(error) is not None:
+                raise  # the storage is not to blame
             # Whatever storage raises here, the training loop should hear the same thing.
             raise CheckpointError(
                 f"checkpoint folder {self.folder} cannot {action}: {_brief(error)}. Make sure it "
@@ -359,46 +393,29 @@ def check_fingerprint(
         )
 
 
+def _as_saved(wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Floating-point leaves of another type than the saved one as structs of the saved type."""
+    out = dict(wanted)
+    for name, leaf in wanted.items():
+        if name in saved and jnp.issubdtype(leaf.dtype, jnp.floating):
+            dtype = jnp.dtype(saved[name][1])
+            if dtype != leaf.dtype and jnp.issubdtype(dtype, jnp.floating):
+                out[name] = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+    return out
+
+
+def _cast(x: jax.Array, leaf: Any) -> jax.Array:
+    if x.dtype == leaf.dtype:
+        return x
+    return jax.jit(lambda x: x.astype(leaf.dtype), out_shardings=leaf.sharding)(x)
+
+
 def _changed(arrays: Mapping[str, jax.Array], saved: Mapping[str, Any]) -> list[str]:
     """Names of the arrays whose values are not the saved ones."""
     if not arrays:
         return []
-    sums = zip(arrays, _checksums(list(arrays.values())), strict=True)
+    sums = zip(arrays, checksums(list(arrays.values())), strict=True)
     return [name for name, value in sums if value != saved[name][2]]
-
-
-def _checksums(arrays: Sequence[jax.Array]) -> list[int]:
-    """One uint32 per array, the same on any mesh; a change of any one value changes it."""
-    groups: dict[Any, list[int]] = {}
-    for i, x in enumerate(arrays):
-        mesh = x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None
-        groups.setdefault(NamedSharding(mesh, P()) if mesh else x.sharding, []).append(i)
-    sums = [0] * len(arrays)
-    for place, members in groups.items():
-        values = _checksum_program(place)(tuple(arrays[i] for i in members))
-        for i, value in zip(members, np.asarray(values).tolist(), strict=True):
-            sums[i] = value
-    return sums
-
-
-@functools.lru_cache(maxsize=8)
-def _checksum_program(place: Any) -> Callable[..., jax.Array]:
-    return jax.jit(lambda arrays: jnp.stack([_checksum(x) for x in arrays]), out_shardings=place)
-
-
-def _checksum(x: jax.Array) -> jax.Array:
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}"))
-    bits = bits.astype(jnp.uint32)
-    # The position enters by elementwise iotas: a reshape would gather a sharded array.
-    weight, stride = jnp.ones(bits.shape, jnp.uint32), 2
-    for dim in reversed(range(bits.ndim)):
-        iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim)
-        weight = weight + iota * jnp.uint32(stride % 2**32)
-        stride *= bits.shape[dim]
-    # Every weight is odd, so multiplying by it loses nothing modulo 2**32.
-    return jnp.sum(bits * weight, dtype=jnp.uint32)
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -410,34 +427,25 @@ def _named(tree: Any) -> dict[str, Any]:
     return named
 
 
-def _all_processes(value: Any) -> list[Any]:
-    """Every process's JSON value, in process order."""
-    if jax.process_count() == 1:
-        return [value]
-    import json
-
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray([text.size], np.int32))[:, 0]
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: text.size] = text
-    texts = multihost_utils.process_allgather(padded)
-    return [json.loads(t[:n].tobytes().decode()) for t, n in zip(texts, sizes, strict=True)]
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def _of_all_processes(value: Any) -> list[Any]:
+    """Every process's JSON value, in process order; one for all if they are the same."""
+    return [value] if hosts.same(digest(value)) else hosts.gather(value)
 
 
 @contextlib.contextmanager
 def _reading() -> Iterator[None]:
+    """What is damaged for one process is damaged for all: each may read other files."""
+    failed: Exception | None = None
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # says something about this machine, not about the checkpoint
     except Exception as error:  # storage errors arrive as bare Exceptions
         _forget_abandoned_reads(error)
-        raise _Damaged(_brief(error)) from error
+        failed = error
+    found = hosts.gather(None if failed is None else _brief(failed))
+    if found := [text for text in found if text is not None]:
+        raise _Damaged(found[0]) from failed
 
 
 def _forget_abandoned_reads(error: BaseException) -> None:

@@ -1,12 +1,14 @@
 """The one training loop; algorithms differ in the batches and the objective, never here."""
 
 import dataclasses
+import itertools
 import logging
 import math
 import os
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,11 +18,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from aa_jax.errors import AaJaxError, ConfigError
+from aa_jax import hosts
+from aa_jax.errors import AaJaxError, ConfigError, DataError
 from aa_jax.losses.base import Ratio
-from aa_jax.sharding.batches import pad_rows, put_batch, rows
+from aa_jax.sharding.batches import Share, pad_rows, put_batch, rows
 from aa_jax.training.checkpoint import Checkpointer, check_fingerprint
 from aa_jax.training.metrics import MetricWriter
+from aa_jax.training.observe import Observer
 from aa_jax.training.progress import Progress
 from aa_jax.training.state import TrainState, as_abstract, frozen_paths, merge, split
 from aa_jax.training.step import Step
@@ -30,6 +34,7 @@ log = logging.getLogger(__name__)
 # An objective whose loss and metrics["loss"] differ by more than this is wrong, not rounded.
 _LOSS_GAP = 1e-3
 _DATA_ENDED = "data_ended"
+_SYNC_POINTS = itertools.count()
 
 
 def fit(
@@ -52,20 +57,24 @@ def fit(
     config: Mapping[str, Any] | None = None,
     may_differ: Sequence[str] = (),
     skip_nonfinite: bool = False,
+    save_frozen: bool = True,
+    profile: int | None = None,
 ) -> TrainState:
     """Trains until `total_steps` updates are done or the batches end, and returns the state.
 
     Calling it again with the same `workdir` and `stage` continues from the newest checkpoint, bit
     for bit as if it had never stopped, or returns the final state at once if it was done. SIGTERM
     and SIGINT write a checkpoint after the current step, then end the program (`SystemExit`,
-    `KeyboardInterrupt`); a second signal does not wait.
+    `KeyboardInterrupt`); a second signal does not wait. Of several processes it is enough that one
+    gets the signal: all save after the same step and end with SIGTERM's code.
 
     Args:
       step: From `make_step`.
       state: From `init_state`; consumed. Also says what a checkpoint must look like.
       batches: Iterator of host batches with ``get_state()`` and ``set_state()``, e.g. a grain
         iterator. If it has ``set_params``, it is called before each batch with the current
-        parameters (on-policy data).
+        parameters (on-policy data). Under several processes each hands in the same whole batches,
+        or, if it has a ``share`` (`sharding.Share`, as those of a `Loader` have), its own rows.
       total_steps: Number of updates.
       workdir: Run directory; checkpoints go to ``checkpoints/<stage>``, metrics to metrics.jsonl.
       stage: Name of this run of the loop within the run directory.
@@ -82,6 +91,9 @@ def fit(
       may_differ: Globs over dotted config keys that may differ from the checkpoint's.
       skip_nonfinite: Count and skip updates with a loss or gradient that is not finite instead of
         stopping.
+      save_frozen: False leaves the step's frozen parameters out of the checkpoints; the state must
+        bring the same ones again.
+      profile: When to write a trace of some steps, see `aa_jax.training.observe.Observer`.
 
     Raises:
       AaJaxError: The loss or a gradient is not finite.
@@ -92,7 +104,9 @@ def fit(
         if every < 1:
             raise ConfigError(f"{name} must be at least 1, got {every}")
     folder = Path(workdir) / "checkpoints" / stage
+    watch = Observer(state, step.frozen, workdir, stage, profile)
     with ExitStack() as stack:
+        stack.callback(watch.close)
         saver = stack.enter_context(
             Checkpointer(folder, keep_last=keep_last, keep_best=keep_best, best_mode=best_mode)
         )
@@ -105,6 +119,7 @@ def fit(
             wanted = _release(state, step, roles)
             state, data_state, meta = saver.restore(wanted, check=check)
             run = _Run(**meta["run"])
+            run.tokens = run.tokens if hosts.index() == 0 else 0  # all processes' together
             if run.step >= total_steps or _data_ended(folder) == run.step:
                 log.info("%s: already done, %d steps", stage, run.step)
                 return state
@@ -115,7 +130,8 @@ def fit(
             writer = stack.enter_context(MetricWriter(workdir, stage))
         writer.rewind(run.step)
         stop = stack.enter_context(_StopSignals(stage))
-        shown = None if jax.process_index() == 0 else False
+        shown = None if hosts.index() == 0 else False
+        share = getattr(batches, "share", None)
         progress = stack.enter_context(Progress(stage, total_steps, run.step, enabled=shown))
         saved, in_flight = run.step if saver.steps() else -1, None
 
@@ -128,8 +144,9 @@ def fit(
             in_flight = None
             run.add(at, jax.device_get(metrics), tokens, skip_nonfinite)
             if at % log_every == 0 or at == total_steps:
-                figures = run.figures()
-                writer.write(at, figures)
+                run.collect()
+                steps, figures = run.steps, run.figures()
+                writer.write(at, figures | watch.figures(figures, steps))
                 progress.update(at, loss=figures["loss"])
 
         def evaluate_now() -> None:
@@ -139,22 +156,27 @@ def fit(
 
         def save() -> None:
             nonlocal saved
+            run.collect()
             meta = {"config": dict(config or {}), "run": run.as_dict()}
             scores = run.scores if run.evaluated == run.step else {}
-            saver.save(run.step, state, batches.get_state(), meta, scores)
+            held = () if save_frozen else frozen_paths(state["params"], step.frozen)
+            outside = {f"params/{path}" for path in held}
+            with watch.saving():
+                saver.save(run.step, state, batches.get_state(), meta, scores, outside)
             saved = run.step
 
         while run.step < total_steps:
             if hasattr(batches, "set_params"):
                 batches.set_params(state["params"])
+            watch.before(run.step)
             began = time.perf_counter()
             try:
                 batch = next(batches)
             except StopIteration:
                 break
-            batch, tokens = _prepare(batch, step, run)
+            batch, tokens = _prepare(batch, step, run, share)
             run.data_seconds += time.perf_counter() - began
-            with jax.transfer_guard("disallow"):
+            with watch.step(run.step), jax.transfer_guard("disallow"):
                 state, metrics = step(state, batch, **roles)
             settle()  # the previous step, so that the device is never idle while the host reads
             run.step += 1
@@ -165,7 +187,7 @@ def fit(
                 settle()
                 evaluate_now()
                 run.restart_clock()
-            stopping = stop.asked(run.step)
+            stopping = stop.asked()
             if stopping or (checkpoint_every and run.step % checkpoint_every == 0):
                 settle()
                 save()
@@ -176,7 +198,9 @@ def fit(
 
         settle()
         if run.steps:
-            writer.write(run.step, run.figures())
+            run.collect()
+            steps, figures = run.steps, run.figures()
+            writer.write(run.step, figures | watch.figures(figures, steps))
         if evaluate and run.evaluated != run.step:
             evaluate_now()
         if saved != run.step:
@@ -184,9 +208,9 @@ def fit(
         saver.wait()
         if run.step < total_steps:
             log.info("%s: the data ended after %d steps", stage, run.step)
-            if jax.process_index() == 0:
+            if hosts.index() == 0:
                 (folder / _DATA_ENDED).write_text(f"{run.step}\n")
-        if stop.asked(run.step):
+        if stop.asked():
             stop.leave(run.step)
     return state
 
@@ -216,6 +240,11 @@ class _Run:
     def restart_clock(self) -> None:
         """Forgets the time since the last step: it went into something else."""
         self._clock = time.perf_counter()
+
+    def collect(self) -> None:
+        """Process 0, which writes them down, takes over the tokens the others have counted."""
+        (total,) = hosts.total([self.tokens])
+        self.tokens = int(total) if hosts.index() == 0 else 0
 
     def add(self, step: int, metrics: Mapping[str, Any], tokens: int, skip: bool) -> None:
         """Adds one step's sums and counts, after judging them."""
@@ -273,10 +302,12 @@ class _StopSignals:
         self._stage, self._received, self._before = stage, None, {}
 
     def __enter__(self) -> "_StopSignals":
-        # Signals reach only the main thread; with several hosts the coordinator spreads SIGTERM.
+        # Signals reach only the main thread.
         if threading.current_thread() is threading.main_thread():
-            wanted = [signal.SIGINT, signal.SIGTERM][: 2 if jax.process_count() == 1 else 1]
-            self._before = {number: signal.signal(number, self._note) for number in wanted}
+            note, wanted = self._note, [signal.SIGINT, signal.SIGTERM]
+            if hosts.count() > 1:  # JAX's runtime catches SIGTERM, and tells the others
+                note, wanted = self._pass_on, [signal.SIGINT]
+            self._before = {number: signal.signal(number, note) for number in wanted}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -289,10 +320,17 @@ class _StopSignals:
         self._before = {}
         log.warning("%s: signal %d, saving after this step", self._stage, number)
 
-    def asked(self, step: int) -> bool:
-        """Whether to stop after this step, on all hosts alike."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self._received = signal.SIGTERM
+    def _pass_on(self, number: int, frame: Any) -> None:
+        self.__exit__()
+        self._before = {}
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def asked(self) -> bool:
+        """Whether to stop after this step, on all processes alike."""
+        if hosts.count() > 1:
+            # Counted over all stages of the program: the runtime's numbers must only grow.
+            if multihost_utils.reached_preemption_sync_point(next(_SYNC_POINTS)):
+                self._received = signal.SIGTERM
         return self._received is not None
 
     def leave(self, step: int) -> None:
@@ -303,14 +341,45 @@ class _StopSignals:
         raise SystemExit(128 + self._received)
 
 
-def _prepare(batch: Mapping[str, Any], step: Step, run: _Run) -> tuple[dict[str, Any], int]:
-    """(the batch on the mesh, its real tokens); a partial batch gets the rows of a full one."""
-    tokens = count_tokens(batch)
-    batch = pad_rows(batch, max(step.rows_multiple // jax.process_count(), 1))
+def _prepare(
+    batch: Mapping[str, Any], step: Step, run: _Run, share: Share | None
+) -> tuple[dict[str, Any], int]:
+    """(the batch on the mesh, the real tokens this process counts); a partial batch gets the rows
+    of a full one."""
+    if share is not None and hosts.count() > 1:
+        local = rows(batch)
+        if share.total(local) % step.rows_multiple:
+            raise DataError(
+                f"the processes together make batches of {share.total(local)} rows, which cannot "
+                f"be divided into {step.accumulation} micro-batches over {share.pieces} devices: "
+                f"give the Loader multiple_of={step.rows_multiple}."
+            )
+        mine = share.counts(local)
+        read = {name: batch[name] for name in ("intervals", "tokens") if name in batch}
+        tokens = count_tokens({name: np.asarray(x)[mine] for name, x in read.items()})
+        return put_batch(batch, step.mesh, share), tokens
+    _check_whole(batch)
+    tokens = count_tokens(batch) if hosts.index() == 0 else 0
+    batch = pad_rows(batch, step.rows_multiple)
     run.rows = max(run.rows, rows(batch))
     if "sequence_mask" in batch:
         batch = pad_rows(batch, run.rows)
-    return put_batch(batch, step.mesh), tokens * jax.process_count()
+    return put_batch(batch, step.mesh), tokens
+
+
+def _check_whole(batch: Mapping[str, Any]) -> None:
+    """Refuses batches that differ between processes: devices would disagree about their rows."""
+    if hosts.count() == 1:
+        return
+    crc = 0
+    for x in jax.tree.leaves(dict(batch)):
+        crc = zlib.crc32(np.ascontiguousarray(x).view(np.uint8).reshape(-1), crc)
+    if not hosts.same(crc):
+        raise DataError(
+            "the processes handed in different batches. An iterator without a `share` gives the "
+            "same whole batch on every process; one that gives a process its own rows, as a Loader "
+            "with share=sharding.share(mesh) does, says so by its attribute `share`."
+        )
 
 
 def count_tokens(batch: Mapping[str, Any]) -> int:

@@ -30,6 +30,7 @@ def make_optimizer(
     weight_decay: float = 0.0,
     clip_norm: float | None = 1.0,
     momentum: float = 0.0,
+    moment_dtype: str | None = None,
     master_weights: bool = True,
     lr_scales: Mapping[str, float] | None = None,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -50,6 +51,9 @@ def make_optimizer(
       weight_decay: Not applied to biases, norms and one-dimensional parameters, see `decay_mask`.
       clip_norm: Largest global gradient norm; None for no clipping.
       momentum: SGD momentum.
+      moment_dtype: Type AdamW keeps its first moment in, "bfloat16" or "float32"; None is that of
+        the gradients. The second moment stays float32: with a decay of 0.95 or more, bfloat16
+        would round its changes away.
       master_weights: Keep a float32 copy of bfloat16/float16 parameters in the optimizer state,
         so that updates smaller than their rounding are not lost.
       lr_scales: Factor of the learning rate for the parameters whose path matches a glob, e.g.
@@ -72,7 +76,12 @@ def make_optimizer(
         end_lr_ratio=end_lr_ratio,
     )
     parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    parts += _OPTIMIZERS[name](b1=b1, b2=b2, eps=eps, momentum=momentum)
+    if moment_dtype not in (None, "float32", "bfloat16") or (moment_dtype and name != "adamw"):
+        raise ConfigError(
+            f"moment_dtype={moment_dtype!r} with {name!r}: the first moment of adamw is kept in "
+            "'float32' or 'bfloat16'; leave it out for other optimizers."
+        )
+    parts += _OPTIMIZERS[name](b1=b1, b2=b2, eps=eps, momentum=momentum, mu_dtype=moment_dtype)
     if weight_decay:
         parts.append(optax.add_decayed_weights(weight_decay, mask=decay_mask))
     if lr_scales:
@@ -82,9 +91,11 @@ def make_optimizer(
 
 
 _OPTIMIZERS: dict[str, Callable[..., list[optax.GradientTransformation]]] = {
-    "adamw": lambda b1, b2, eps, momentum: [optax.scale_by_adam(b1=b1, b2=b2, eps=eps)],
-    "sgd": lambda b1, b2, eps, momentum: [optax.trace(decay=momentum)] if momentum else [],
-    "adafactor": lambda b1, b2, eps, momentum: [
+    "adamw": lambda b1, b2, eps, mu_dtype, **_: [
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
+    ],
+    "sgd": lambda momentum, **_: [optax.trace(decay=momentum)] if momentum else [],
+    "adafactor": lambda **_: [
         optax.scale_by_factored_rms(),
         optax.clip_by_block_rms(1.0),
         optax.scale_by_param_block_rms(),

@@ -101,9 +101,13 @@ class Step:
     def lower(self, state: TrainState, batch: Mapping[str, Any], **roles: Any) -> Any:
         """The lowered step, e.g. for ``.compile().memory_analysis()``; arguments may be abstract
         (`abstract_state`)."""
+        return self.trace(state, batch, **roles).lower()
+
+    def trace(self, state: TrainState, batch: Mapping[str, Any], **roles: Any) -> Any:
+        """The traced step, with its ``jaxpr`` and ``lower()``; arguments may be abstract."""
         function, moving, held = self._prepare(state, batch, roles)
         with jax.set_mesh(self.mesh):
-            return function.lower(moving, held, dict(batch), roles)
+            return function.trace(moving, held, dict(batch), roles)
 
     def role_shardings(self, roles: Any) -> Any:
         """Where the arrays of roles lie; those from elsewhere go to every device."""

@@ -10,14 +10,14 @@ Expected: accuracy on held-out pairs rises above one half.
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import required_placeholder
+from ml_collections.config_dict import placeholder, required_placeholder
 
 
 def get_config() -> ConfigDict:
     return ConfigDict({
         "recipe": "dpo",
         "seed": 0,
-        "mesh": {"data": 1, "fsdp": -1},
+        "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "seq": 1},
         "model": {
             "path": required_placeholder(str),
             "dtype": "bfloat16",
@@ -31,11 +31,15 @@ def get_config() -> ConfigDict:
             "limits": {"max_length": 2048},
         },
         "objective": {"beta": 0.1},
-        "optim": {"lr": 1e-6, "schedule": "cosine", "warmup_ratio": 0.03},
+        "optim": {
+            "lr": 1e-6, "schedule": "cosine", "warmup_ratio": 0.03,
+            "moment_dtype": placeholder(str),  # "bfloat16": two bytes per weight less
+        },
         "train": {
             "epochs": 2, "batch_rows": 32, "accumulation": 1,
             "frozen": ("vision_tower/*",),
             "checkpoint_every": 500,
             "log_every": 10,
+            "profile": placeholder(int),  # updates before a trace of three
         },
     })  # fmt: skip

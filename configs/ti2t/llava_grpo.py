@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
         "pipeline": "dataset",
         "algorithm": "grpo",
         "seed": 0,
-        "mesh": {"data": 1, "fsdp": -1},
+        "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "seq": 1},
         "model": {
             "path": required_placeholder(str),
             "dtype": "bfloat16", "param_dtype": "bfloat16", "remat": "full",

@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     return ConfigDict({
         "pipeline": "dataset",
         "seed": 0,
-        "mesh": {"data": 1, "fsdp": -1},
+        "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "seq": 1},
         "model": {
             "path": required_placeholder(str),
             "dtype": "bfloat16", "param_dtype": "bfloat16", "remat": "full",

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
         "pipeline": "dataset",
         "algorithm": "ppo",
         "seed": 0,
-        "mesh": {"data": 1, "fsdp": -1},
+        "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "seq": 1},
         "model": {
             "path": required_placeholder(str),
             "dtype": "bfloat16", "param_dtype": "bfloat16", "remat": "full",
@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
         "objective": {"clip_low": 0.2, "value_clip": 5.0},
         "optim": {
             "lr": 1e-5, "schedule": "cosine", "warmup_ratio": 0.03, "weight_decay": 0.01,
+            "moment_dtype": placeholder(str),  # "bfloat16": two bytes per weight less
         },
         "frozen": ("vision_tower/*",),
         "checkpoint_every": 100,

@@ -8,6 +8,7 @@ from aa_jax.errors import ConfigError
 from aa_jax.kernels.attention import reference, xla
 from aa_jax.kernels.attention.intervals import resolve
 from aa_jax.kernels.dispatch import Implementation, choose, undivided
+from aa_jax.platforms import target
 
 
 def _pallas_tpu(*args):
@@ -30,9 +31,24 @@ def _pallas_tpu_refuses(q, **_):
 
 def _cudnn(q, k, v, intervals, scale):
     # Intervals are given for the causal mask alone: `_cudnn_refuses` lets no others through.
-    return jax.nn.dot_product_attention(
-        q, k, v, scale=scale, is_causal=intervals is not None, implementation="cudnn"
+    return even_lengths(q, k, v, scale, causal=intervals is not None)
+
+
+def even_lengths(q, k, v, scale, *, causal, implementation="cudnn"):
+    """cuDNN has no gradient at odd lengths: one more token is added, hidden, and cut off."""
+    (rows, queries), keys = q.shape[:2], k.shape[1]
+    lengths = {}
+    if queries % 2 or keys % 2:
+        more = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))  # noqa: E731
+        q, k, v = more(q), more(k), more(v)
+        lengths = {
+            "query_seq_lengths": jnp.full((rows,), queries, jnp.int32),
+            "key_value_seq_lengths": jnp.full((rows,), keys, jnp.int32),
+        }
+    out = jax.nn.dot_product_attention(
+        q, k, v, scale=scale, is_causal=causal, implementation=implementation, **lengths
     )
+    return out[:, :queries]
 
 
 def _cudnn_refuses(q, mask, **_):
@@ -43,7 +59,7 @@ def _cudnn_refuses(q, mask, **_):
         return f"queries are {q.dtype}, not bfloat16 or float16"
     if q.shape[1] == 1 or q.shape[3] > 128 or q.shape[3] % 8:
         return f"{q.shape[1]} queries with heads of {q.shape[3]} do not suit cuDNN on every GPU"
-    capability = getattr(jax.devices()[0], "compute_capability", "0")
+    capability = target.capability()
     if not capability[:1].isdigit() or float(capability) < 8.0:
         return "cuDNN attention needs an NVIDIA GPU of compute capability 8.0"
     return None

@@ -8,6 +8,7 @@ without a transposed operand, which is worth a factor of two to four there.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from aa_jax.kernels.attention.intervals import nonempty, visible
+from aa_jax.platforms import target
 
 DENSE_BYTES = 128 * 2**20
-"""Scores up to this size are formed at once."""
+"""Scores up to this size, per device, are formed at once."""
 
 BLOCK_BYTES = 64 * 2**20
 """Size of one block of scores when they are not."""
@@ -46,10 +48,19 @@ def attention(
     """
     rows, queries, heads, _ = q.shape
     if block is None:
-        per_query = rows * heads * k.shape[1] * 4
+        per_query = max(rows * heads * k.shape[1] * 4 // _pieces(), 1)
         dense = per_query * queries <= DENSE_BYTES
         block = queries if dense else max(BLOCK_BYTES // per_query, 16)
     return _attention(q, k, v, intervals, scale, min(block, queries))
+
+
+def _pieces() -> int:
+    """Devices the rows and heads of the scores are divided over; CPU "devices" share one memory."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or target.backend() == "cpu":
+        return 1
+    axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return math.prod(size for size, kind in axes if kind != jax.sharding.AxisType.Manual)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

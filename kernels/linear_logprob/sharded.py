@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from aa_jax.errors import ConfigError
 from aa_jax.kernels.linear_logprob import blocked, tile, xla
 from aa_jax.kernels.linear_logprob.spec import LogProbs, Spec
+from aa_jax.platforms import target
 
 
 def linear_logprob(
@@ -68,7 +69,7 @@ def linear_logprob(
             )
     known = (targets >= 0) & (targets < head.shape[0])
     counts = jnp.ones_like(known) if mask is None else mask
-    most, width = xla.BLOCK.get(jax.default_backend(), xla.DEFAULT_BLOCK)
+    most, width = xla.BLOCK.get(target.backend(), xla.DEFAULT_BLOCK)
     spec = spec._replace(
         chunk=xla.even_chunk(targets.shape[0] // rows, min(spec.chunk or most, most)),
         tile=blocked.tile_width(head.shape[0] // mesh.shape[vocab], spec.tile or width),

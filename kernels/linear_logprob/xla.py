@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from aa_jax.kernels.linear_logprob import blocked, tile
 from aa_jax.kernels.linear_logprob.spec import LogProbs, Spec
+from aa_jax.platforms import target
 
 CHUNK_BYTES = {"cpu": 64 * 2**20}
 """Float32 logits of one block on several devices; accelerators take `DEFAULT_CHUNK_BYTES` each."""
@@ -51,9 +52,9 @@ def linear_logprob(
     known = (targets >= 0) & (targets < vocab)
     counts = jnp.ones_like(known) if mask is None else mask
     where = jnp.where(known & counts, targets, 0)
-    platform = platform or jax.default_backend()
+    platform = platform or target.backend()
     kept = 4 * tokens * vocab <= KEPT_BYTES.get(platform, DEFAULT_KEPT_BYTES)
-    if jax.device_count() > 1 or (spec.chunk or tokens) >= tokens and kept:
+    if target.device_count() > 1 or (spec.chunk or tokens) >= tokens and kept:
         chunk = min(spec.chunk or default_chunk(tokens, vocab), tokens)
         outs = _logprob(hidden, head, bias, where, counts, spec._replace(chunk=chunk))
     else:
@@ -68,9 +69,9 @@ def linear_logprob(
 
 def default_chunk(tokens: int, vocab: int, platform: str | None = None) -> int:
     """Tokens per block: within the platform's budget, and blocks of nearly equal size."""
-    platform = platform or jax.default_backend()
+    platform = platform or target.backend()
     # Tokens are sharded over accelerators; CPU "devices" share one memory.
-    budget = CHUNK_BYTES.get(platform) or DEFAULT_CHUNK_BYTES * jax.device_count()
+    budget = CHUNK_BYTES.get(platform) or DEFAULT_CHUNK_BYTES * target.device_count()
     return even_chunk(tokens, max(budget // (4 * vocab), 1))
 
 

@@ -36,7 +36,7 @@ def test_tiny_run(tmp_path):
     assert set(result["dpo"]["gaps"]) == {*FIGURES, "entropy"}
     assert max(*result["dpo"]["gaps"].values(), result["sampling"]["gap"]) <= 1e-4
     assert result["sampling"]["tokens_per_call"] == 2 * 3
-    for part, sides, baselines in (("dpo", 4, 2), ("sampling", 2, 1)):
+    for part, sides, baselines in (("dpo", 5, 3), ("sampling", 2, 1)):
         seconds = result[part]["seconds_per_call"]
         assert len(seconds) == sides and all(len(each) == 2 for each in seconds.values())
         assert len(result[part]["ratio"]) == (sides - baselines) * baselines

@@ -1,8 +1,10 @@
 """Drops before batching, orders, sharding, and bit-exact resume."""
 
 import functools
+import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from aa_jax.data.loader import Loader, pack
 from aa_jax.data.sources import rows_source
 from aa_jax.data.tokens import Limits
 from aa_jax.errors import DataError, MediaError
+from aa_jax.sharding import Share
 
 N = 11
 
@@ -41,6 +44,20 @@ def simple(items, batch_rows):
     return {"tokens": out}
 
 
+def masked(items, batch_rows):
+    """The same as columns of a batch, with the mask that tells padding."""
+    out = {
+        "tokens": np.zeros(batch_rows, np.int32),
+        "feature_index": np.full((batch_rows, 2), -1, np.int32),
+        "sequence_mask": np.zeros(batch_rows, np.float32),
+        "media": {"pixel_values": np.zeros((batch_rows, 3), np.float32)},
+    }
+    for row, item in enumerate(items):
+        out["tokens"][row], out["sequence_mask"][row] = item, 1.0
+        out["feature_index"][row], out["media"]["pixel_values"][row] = 0, item
+    return out
+
+
 def numbers(loader):
     return [[int(i) for i in batch["tokens"] if i >= 0] for batch in loader]
 
@@ -67,24 +84,80 @@ def test_partial_batch_is_padded():
     np.testing.assert_array_equal(last["tokens"], [8, 9, -1, -1])
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_make_the_single_process_batches(processes):
+def halves(processes, copies=1):
+    """Shares of processes that each hold one piece, or `copies` processes the same one."""
+    pieces = processes // copies
+    return [
+        Share(pieces, (p // copies,), (p // copies,) if p % copies == 0 else ())
+        for p in range(processes)
+    ]
+
+
+@pytest.mark.parametrize("shares", [halves(2), halves(4), halves(4, copies=2)], ids=len)
+@pytest.mark.parametrize("multiple", [4, 8])
+def test_processes_make_the_single_process_batches(shares, multiple):
+    """The same rows in the same places, whatever the processes; what fills up is empty."""
     for n in (7, 8, 9):
-        whole = [b["tokens"] for b in Loader(range(n), simple, 4, epochs=2)]
+        whole = list(Loader(range(n), masked, 4, epochs=2, multiple_of=multiple))
         parts = [
-            [
-                b["tokens"]
-                for b in Loader(
-                    range(n), simple, 4, epochs=2, process_index=p, process_count=processes
-                )
-            ]
-            for p in range(processes)
+            list(Loader(range(n), masked, 4, epochs=2, share=share, multiple_of=multiple))
+            for share in shares
         ]
         assert all(len(part) == len(whole) for part in parts)
         for step, batch in enumerate(whole):
-            got = np.concatenate([part[step] for part in parts])
-            assert sorted(got) == sorted(batch)
-            np.testing.assert_array_equal(got[got >= 0], batch[batch >= 0])
+            placed = jax.tree.map(lambda x: np.full_like(x, -7), batch)
+            for share, part in zip(shares, parts, strict=True):
+                for x, own in zip(*map(jax.tree.leaves, (placed, part[step])), strict=True):
+                    x[share.rows(len(x))] = own
+            jax.tree.map(np.testing.assert_array_equal, placed, batch)
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 4), (4, 1)])
+@pytest.mark.parametrize("at", [0, 2, 3, 5])
+def test_no_example_is_lost_or_repeated_by_a_restart_with_other_processes(before, after, at):
+    """Ids are counted over two epochs; the restart is within the first, at its end, and later."""
+    ids, n = [], 13
+
+    def read(processes, start, stop, state):
+        steps = [[] for _ in range(processes)]
+        for number, share in enumerate(halves(processes)):
+            loader = Loader(range(n), masked, 4, epochs=2, seed=3, share=share, multiple_of=4)
+            batches = iter(loader)
+            if state is not None:
+                batches.set_state(state)
+            for batch in itertools.islice(batches, stop - start):
+                steps[number].append(batch["tokens"][batch["sequence_mask"] > 0].tolist())
+            positions.append(json.dumps(batches.get_state()))
+        for step in range(len(steps[0])):
+            ids.append([i for process in steps for i in process[step]])
+
+    positions = []
+    read(before, 0, at, None)
+    assert len(set(positions)) == 1  # the state does not know of processes
+    read(after, at, 8, json.loads(positions[0]))
+    whole = Loader(range(n), masked, 4, epochs=2, seed=3)
+    expected = [b["tokens"][b["sequence_mask"] > 0].tolist() for b in whole]
+    assert ids == expected
+    for epoch in (ids[:4], ids[4:]):
+        assert sorted(i for batch in epoch for i in batch) == list(range(n))
+
+
+def test_each_process_reads_only_its_own_rows():
+    """The point of a share: what a process does not own it does not decode."""
+
+    class Counted(list):
+        read = 0
+
+        def __getitem__(self, index):
+            self.read += 1
+            return super().__getitem__(index)
+
+    found = []
+    for share in halves(4):
+        data = Counted(range(32))
+        list(Loader(data, masked, 8, share=share, multiple_of=8))
+        found.append(data.read)
+    assert found == [8, 8, 8, 8]
 
 
 @pytest.mark.parametrize("threads", [0, 2])
@@ -130,8 +203,8 @@ def test_state_of_another_run_is_refused():
 
 
 def test_loader_errors():
-    with pytest.raises(DataError, match="batch_rows=3 is not.*2 processes"):
-        Loader(range(4), simple, 3, process_count=2)
+    with pytest.raises(DataError, match="multiple_of=3 a multiple of the 2 pieces"):
+        Loader(range(4), simple, 3, share=halves(2)[0], multiple_of=3)
     with pytest.raises(DataError, match="make no batch of 8"):
         Loader(range(4), simple, 8, drop_remainder=True)
 

@@ -284,8 +284,11 @@ def test_generated_media_are_responses(kit):
     sora |= {f"video_{i}": {"video_path": f"{i}.mp4"} for i in (0, 1)}
     videos = TEMPLATES["SafeSora"].preference(row(**sora), decode=False)
     assert [item.path for item in videos.media] == ["1.mp4", "0.mp4"]
-    with pytest.raises(DataError, match="cannot be unpaired"):
-        TEMPLATES["AA_T2I"].unpaired(values)
+    better, worse = TEMPLATES["AA_T2I"].unpaired(values)
+    assert (better.meta["label"], worse.meta["label"]) == (1, 0)
+    for alone, whole in ((better, 0), (worse, 1)):  # each with its own medium, at index 0
+        assert [part.index for part in alone.responses[0].media] == [0]
+        np.testing.assert_array_equal(np.asarray(alone.media[0]), np.asarray(pair.media[whole]))
 
 
 def test_own_columns(kit):

@@ -290,3 +290,23 @@ def test_errors_list_the_choices():
         attention(q, k[:, :5], v[:, :5], causal=True)
     with pytest.raises(ConfigError, match="describe 3 rows and q has 2"):
         attention(q, k, v, intervals=jnp.zeros((3, 9, 4), jnp.int32))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_token_added_for_cudnn_changes_nothing(causal):
+    """Its gradient wants even lengths; the arithmetic is checked with JAX's own implementation."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (2, 7, 4, 8)) for key in keys)
+
+    def ours(q, k, v):
+        out = api.even_lengths(q, k, v, 0.3, causal=causal, implementation="xla")
+        return out, (out**2).sum()
+
+    def plain(q, k, v):
+        out = attention(q, k, v, causal=causal, scale=0.3, impl="reference")
+        return out, (out**2).sum()
+
+    np.testing.assert_allclose(ours(q, k, v)[0], plain(q, k, v)[0], atol=1e-5)
+    found, expected = (jax.grad(lambda *x, f=f: f(*x)[1], (0, 1, 2)) for f in (ours, plain))
+    for one, other in zip(found(q, k, v), expected(q, k, v), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)

@@ -37,7 +37,14 @@ def test_every_shape_has_forward_and_gradient():
     assert len(set(names)) == len(names) == 2 * shapes
 
 
-def test_a_gpu_needs_a_target():
-    options = argparse.Namespace(platform="gpu", target=None, topology=None)
-    with pytest.raises(ConfigError, match="--platform gpu needs --target"):
+def test_cudnn_is_asked_for_where_it_is_chosen():
+    names = [c.name for c in verify.cudnn_cases()]
+    assert len(set(names)) == 6 and all(c.call.startswith("__cudnn") for c in verify.cudnn_cases())
+
+
+def test_a_compiler_that_is_not_there_is_named(monkeypatch, tmp_path):
+    target = tmp_path / "gpu.txtpb"
+    target.write_text("nonsense")
+    options = argparse.Namespace(platform="gpu", target=str(target), topology=None)
+    with pytest.raises(ConfigError, match="no compiler for cuda.*CUDA plugin"):
         list(verify.devices(options))

@@ -26,7 +26,7 @@ def load(name):
     return module
 
 
-world, vl = load("world"), load("vl_world")
+world, vl, tiles = load("world"), load("vl_world"), load("next_world")
 NEW = 64
 
 
@@ -51,6 +51,18 @@ def llava():
     )
 
 
+def llava_next():
+    config = tiles.config(world, text=dict(max_position_embeddings=256))
+    rows = [[(9, 30)], [(12, 13), (30, 9)]]
+    batch = tiles.batch(world, rows, 60)
+    return (
+        config,
+        batch,
+        lambda m, **k: tiles.torch_logits(world, m, batch, rows, **k),
+        (lambda: tiles.torch_inputs(world, batch, rows, pad_left=1)[0]),
+    )
+
+
 def qwen_vl(generation):
     config = vl.config(world, generation, text=dict(max_position_embeddings=128))
     step = 2.0 if generation == "qwen2_5_vl" else 1.0
@@ -69,6 +81,7 @@ FAMILIES = {
     "Qwen2, Qwen2.5": lambda: text(world.qwen2_config(max_position_embeddings=128)),
     "Qwen3": lambda: text(world.qwen3_config(max_position_embeddings=128)),
     "LLaVA-1.5": llava,
+    "LLaVA-NeXT": llava_next,
     "Qwen2-VL": lambda: qwen_vl("qwen2_vl"),
     "Qwen2.5-VL": lambda: qwen_vl("qwen2_5_vl"),
 }

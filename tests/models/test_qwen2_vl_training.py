@@ -15,7 +15,7 @@ from aa_jax.data.example import Example, Media, Part, message
 from aa_jax.data.processor import Processor
 from aa_jax.data.tokens import encode_example
 from aa_jax.models.names import flatten
-from aa_jax.sharding import make_mesh
+from aa_jax.sharding import make_mesh, shardings
 from aa_jax.training.metrics import read_metrics, series
 
 
@@ -39,7 +39,7 @@ def tiny(world, tmp_path_factory):
     config = vl.config(
         world,
         "qwen2_5_vl",
-        text=dict(vocab_size=processor.vocab_size, max_position_embeddings=256),
+        text=dict(vocab_size=-(-processor.vocab_size // 8) * 8, max_position_embeddings=256),
         vision=dict(patch_size=4, window_size=16, depth=2),
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -157,24 +157,64 @@ def test_a_folder_and_a_dataset_are_enough(tiny, tmp_path):
     assert not any(path.startswith("vision_tower/") for path in changed)
 
 
-def test_dpo_on_pictures_film_and_text(tiny, tmp_path):
-    """Two steps on pairs of every kind: from log 2 downwards, the tower trains too."""
+def dpo(tiny, workdir, mesh):
+    """(parameters after two steps of DPO on three pairs, figures)."""
     builders, processor, model, params = tiny
-    trained, figures = recipes.train(
+    return recipes.train(
         "dpo",
         model=model,
-        params=params,
+        params=jax.device_put(params, shardings(model.axes(), model.abstract(), mesh)),
         processor=processor,
         examples=pairs(builders),
-        workdir=tmp_path,
-        mesh=make_mesh(devices=jax.devices()[:1]),
+        workdir=workdir,
+        mesh=mesh,
         batch_rows=3,
         steps=2,
         log_every=1,
         optim=OPTIM,
     )
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tiny, tmp_path_factory):
+    """(parameters after two steps, figures, run directory)."""
+    workdir = tmp_path_factory.mktemp("dpo")
+    return *dpo(tiny, workdir, make_mesh(devices=jax.devices()[:1])), workdir
+
+
+def test_dpo_on_pictures_film_and_text(tiny, on_one_device):
+    """Two steps on pairs of every kind: from log 2 downwards, the tower trains too."""
+    _, _, _, params = tiny
+    trained, figures, tmp_path = on_one_device
     assert figures["steps"] == 2 and figures["examples"] == 3 and not figures["dropped"]
     _, losses = series(read_metrics(tmp_path, stage="train"), "loss")
     assert losses[0] == pytest.approx(np.log(2), abs=1e-6) and losses[1] < losses[0]
     changed = moved(params, trained)
     assert {"vision_tower/patch/kernel", "vision_tower/layers/attn/qkv/kernel"} <= changed
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(data=2, fsdp=2, tensor=2),
+        pytest.param(dict(fsdp=8, data=1), marks=pytest.mark.slow),
+        pytest.param(dict(data=2, tensor=2, seq=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_dpo_on_eight_devices(sizes, tiny, on_one_device, tmp_path):
+    """Three pairs, patches and all, spread over eight devices: the numbers of one."""
+    trained, _ = dpo(tiny, tmp_path, make_mesh(**sizes))
+    expected, _, workdir = on_one_device
+    for name in ("loss", "grad_norm"):
+        one, many = (
+            series(read_metrics(folder, stage="train"), name)[1] for folder in (workdir, tmp_path)
+        )
+        np.testing.assert_allclose(many, one, rtol=1e-5)
+    # Adam's first steps are as long for a tiny gradient as for a large one, so that where it is
+    # rounding only its sign may differ; elsewhere the steps are the same.
+    before, one, many = (flatten(tree) for tree in (tiny[3], expected, trained))
+    for path, x in one.items():
+        a, b, start = np.asarray(x), np.asarray(many[path]), np.asarray(before[path])
+        assert np.abs(a - start).max() <= 3 * OPTIM["lr"] and a.shape == b.shape
+        assert np.mean(np.abs(a - b) > 1e-5) < 0.02, path

@@ -1,5 +1,8 @@
 """Small random transformers models, the batches both sides read, and their comparison."""
 
+import importlib.util
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,15 @@ from aa_jax.models.names import flatten
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)
+
+
+def sibling(name):
+    """Another file of this folder, which is not a package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
 
 IMAGE = 5  # the placeholder token
 PAD = 0

@@ -10,7 +10,7 @@ import pytest
 
 from aa_jax import platforms
 from aa_jax.errors import ConfigError
-from aa_jax.platforms import startup
+from aa_jax.platforms import gpu, startup
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from aa_jax.platforms import startup
         ("cpu", "cpu", "float32", "xla"),
         ("gpu", "gpu", "bfloat16", "pallas_gpu"),
         ("cuda", "gpu", "bfloat16", "pallas_gpu"),
-        ("rocm", "gpu", "bfloat16", "pallas_gpu"),
+        ("rocm", "rocm", "bfloat16", "xla"),
         ("tpu", "tpu", "bfloat16", "pallas_tpu"),
         ("ascend", "ascend", "bfloat16", "xla"),
         ("npu", "generic", "float32", "xla"),
@@ -35,7 +35,7 @@ def test_select(backend, name, dtype, kernel):
 
 
 def test_every_platform_is_listed_under_its_name():
-    assert list(platforms.PLATFORMS) == ["cpu", "gpu", "tpu", "ascend", "generic"]
+    assert list(platforms.PLATFORMS) == ["cpu", "gpu", "rocm", "tpu", "ascend", "generic"]
     for name, platform in platforms.PLATFORMS.items():
         assert platform.name == name
         assert platform.param_dtype == "float32"
@@ -132,3 +132,34 @@ def test_start_fills_the_compilation_cache(tmp_path):
     cache = tmp_path / "cache"
     subprocess.run([sys.executable, "-c", program, str(cache)], check=True)
     assert any(cache.iterdir())
+
+
+def test_a_platform_says_once_what_it_decides(caplog):
+    startup._select_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="aa_jax"):
+        platforms.current()
+        platforms.current()
+    lines = [r.getMessage() for r in caplog.records if "platform cpu" in r.getMessage()]
+    assert len(lines) == 1
+    assert "compute float32" in lines[0] and "kernels xla > reference" in lines[0]
+    line = platforms.decisions(platforms.PLATFORMS["ascend"])
+    assert "no custom call" in line and "not executed" in line
+    assert "without loss scaling" in platforms.decisions(platforms.PLATFORMS["tpu"])
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "cudnn", "words"),
+    [
+        ("PJRT C API\ncuda 13000", "9.0", 91000, []),
+        ("cuda 12090", "9.0", 91000, ["ptxas"]),
+        ("cuda 11080", "7.5", None, ["needs 12 or 13", "no bfloat16"]),
+        ("cuda 13000", "8.0", None, ["cuDNN is not installed"]),
+        ("PJRT C API\nrocm 60400", "gfx942", None, []),
+    ],
+)
+def test_the_cuda_toolchain_is_checked(version, capability, cudnn, words):
+    problems = gpu.toolchain_problems(version, capability, cudnn)
+    assert len(problems) == len(words)
+    for problem, word in zip(problems, words, strict=True):
+        assert word in problem
+    assert gpu.is_rocm(version) == ("rocm" in version)

@@ -3,10 +3,11 @@
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from aa_jax.errors import DataError
-from aa_jax.sharding import make_mesh, pad_rows, put_batch, rows
+from aa_jax.sharding import AXES, Share, make_mesh, pad_rows, put_batch, rows, share
 
 
 def example(n: int) -> dict:
@@ -30,6 +31,8 @@ def test_added_rows_are_marked_empty():
     assert (padded["sequence_mask"][5:] == 0).all() and (padded["tokens"][5:] == 0).all()
     assert (padded["feature_index"][5:] == -1).all()
     assert (padded["media"]["pixel_values"][5:] == 0).all()
+    nested = pad_rows({"sequence_mask": batch["sequence_mask"], "mismatched": batch}, 4)
+    assert (nested["mismatched"]["feature_index"][5:] == -1).all()
     assert padded["temperature"] == np.float32(0.5)
 
 
@@ -63,3 +66,48 @@ def test_put_batch_spreads_rows():
 def test_rows_that_do_not_divide():
     with pytest.raises(DataError, match=r"6 rows.*4 devices \(data=4 x fsdp=1\).*pad_rows"):
         put_batch(example(6), make_mesh(tensor=2))
+
+
+class Device:
+    def __init__(self, process_index):
+        self.process_index = process_index
+
+
+def spread(processes, **sizes):
+    """As many devices per process as there are, in order, on data x fsdp x tensor x seq."""
+    shape = {name: sizes.get(name, 1) for name in AXES}
+    count = int(np.prod(list(shape.values())))
+    devices = [Device(i * processes // count) for i in range(count)]
+    return Mesh(np.array(devices, object).reshape(tuple(shape.values())), AXES)
+
+
+@pytest.mark.parametrize(
+    "processes, sizes, own",
+    [
+        (1, dict(data=2, fsdp=2), [(0, 1, 2, 3)]),
+        (2, dict(data=2, fsdp=2), [(0, 1), (2, 3)]),
+        (4, dict(data=2, tensor=4), [(0,), (0,), (1,), (1,)]),
+        (2, dict(tensor=4), [(0,), (0,)]),
+        (3, dict(data=2, tensor=3), [(0,), (0, 1), (1,)]),  # they overlap in part
+        (2, dict(fsdp=2, seq=2), [(0,), (1,)]),
+    ],
+)
+def test_shares_follow_the_mesh(processes, sizes, own):
+    mesh = spread(processes, **sizes)
+    shares = [share(mesh, process) for process in range(processes)]
+    assert [s.own for s in shares] == own
+    # tokens are counted once, whoever holds them
+    counted = [i for s in shares for i in s.counted]
+    assert sorted(counted) == list(range(shares[0].pieces))
+    for s in shares:
+        mine = s.rows(24)
+        assert s.total(len(mine)) == 24 and len(s.counts(len(mine))) == len(mine)
+        per = 24 // s.pieces
+        assert set(mine[s.counts(len(mine))] // per) == set(s.counted)
+
+
+def test_shares_that_do_not_fit():
+    with pytest.raises(DataError, match="9 rows cannot be cut into 4"):
+        Share(4, (0,), (0,)).rows(9)
+    with pytest.raises(DataError, match="3 rows are no equal share of 2 of 4 pieces"):
+        Share(4, (0, 1), (0, 1)).total(3)

@@ -223,6 +223,35 @@ def test_another_dtype_is_not_cast(tmp_path):
         saver.restore(wanted)
 
 
+def test_another_dtype_on_request(tmp_path):
+    """fp32 -> bf16 and back, on another mesh; a whole number stays what it is."""
+    save_three(tmp_path / "a")
+    places = [NamedSharding(make_mesh(fsdp=4), P("fsdp")), NamedSharding(make_mesh(), P())]
+    half, full = (
+        {
+            "params": {"w": jax.ShapeDtypeStruct((8, 64), dtype, sharding=place)},
+            "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=places[1]),
+        }
+        for dtype, place in zip([jnp.bfloat16, jnp.float32], places, strict=True)
+    )
+    w = np.asarray(small(3)["params"]["w"])
+    with Checkpointer(tmp_path / "a") as saver:
+        found, data_state, _ = saver.restore(half, cast=True)
+    assert found["params"]["w"].dtype == jnp.bfloat16 and found["step"].dtype == jnp.int32
+    assert found["params"]["w"].sharding.is_equivalent_to(places[0], 2)
+    assert data_state == {"position": 3}
+    np.testing.assert_array_equal(found["params"]["w"], w.astype(jnp.bfloat16))
+    with Checkpointer(tmp_path / "b") as saver:
+        saver.save(1, found)
+        again, _, _ = saver.restore(full, cast=True)
+    assert again["params"]["w"].dtype == jnp.float32
+    np.testing.assert_array_equal(again["params"]["w"], w.astype(jnp.bfloat16).astype(np.float32))
+    wanted = {"params": half["params"], "step": jax.ShapeDtypeStruct((), jnp.float32)}
+    with Checkpointer(tmp_path / "a") as saver:
+        with pytest.raises(CheckpointError, match="step: .* int32 in the checkpoint.* float32"):
+            saver.restore(wanted, cast=True)
+
+
 def test_another_optimizer_is_called_that(tmp_path):
     params = {"w": np.ones((4, 2), np.float32)}
     mesh = make_mesh()

@@ -355,7 +355,10 @@ def assert_as_if_never_killed(workdir, reference):
         assert ours.files == theirs.files and len(ours.files) > 8
         for name in ours.files:
             np.testing.assert_array_equal(ours[name], theirs[name])
-    timing = ("time", "step_seconds", "data_seconds", "compute_seconds", "tokens_per_second")
+    timing = (
+        "time", "step_seconds", "data_seconds", "compute_seconds", "tokens_per_second",
+        "checkpoint_seconds", "memory_peak_gib",
+    )  # fmt: skip
     ours, theirs = (
         [{k: v for k, v in json.loads(line).items() if k not in timing} for line in text]
         for text in ((d / "metrics.jsonl").read_text().splitlines() for d in (workdir, reference))

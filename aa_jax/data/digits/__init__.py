@@ -19,10 +19,8 @@ from aa_jax.data.digits.examples import (
     MIX,
     EvaluationPrompts,
     Example,
-    Scene,
     SftExamples,
     evaluation_prompts,
-    sample_scene,
     sft_examples,
 )
 from aa_jax.data.digits.feedback import (
@@ -60,6 +58,7 @@ from aa_jax.data.digits.rows import (
     sft_rows,
     write_parquet,
 )
+from aa_jax.data.digits.scenes import Scene, sample_scene
 from aa_jax.data.digits.tasks import FACTS, FORMS, Task, parse_question, sample_task
 from aa_jax.data.digits.tokenizer import vocabulary, write_processor
 

@@ -14,39 +14,15 @@ from PIL import Image
 from aa_jax.data import example as data_example
 from aa_jax.data.digits import oracle, prompts
 from aa_jax.data.digits.feedback import random_feedback
-from aa_jax.data.digits.images import SHIFTS, SPLITS, check_max_digits, load_digits, render_strip
+from aa_jax.data.digits.images import SPLITS, check_max_digits, load_digits
 from aa_jax.data.digits.responses import perfect_response, sample_response
+from aa_jax.data.digits.scenes import KINDS as MEDIA_KINDS
+from aa_jax.data.digits.scenes import Dialled, Film, Scene, Written, sample_scene
 from aa_jax.data.digits.tasks import Task, sample_task
-from aa_jax.errors import ConfigError
+from aa_jax.errors import ConfigError, DataError
 
 KINDS = ("answer", "revise", "feedback")
 MIX = {"answer": 0.65, "revise": 0.30, "feedback": 0.05}
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What is shown: which digit images, moved how, on which canvas. JSON-friendly by to_dict."""
-
-    sources: tuple[int, ...]
-    shifts: tuple[int, ...]
-    max_digits: int
-
-    def render(self) -> Image.Image:
-        """The image strip, see :func:`~aa_jax.data.digits.images.render_strip`."""
-        return render_strip(load_digits(), self.sources, self.max_digits, self.shifts)
-
-    def to_dict(self) -> dict:
-        """Plain JSON types."""
-        return {
-            "sources": list(self.sources),
-            "shifts": list(self.shifts),
-            "max_digits": self.max_digits,
-        }
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "Scene":
-        """A scene from :meth:`to_dict`'s output."""
-        return cls(tuple(values["sources"]), tuple(values["shifts"]), values["max_digits"])
 
 
 @dataclass(frozen=True)
@@ -58,18 +34,23 @@ class Example:
         conversation: (role, text) turns up to the target, with a media marker.
         target: text to be written; for evaluation prompts the perfect answer.
         task: the instruction with the true digits; grades by the oracle need nothing else.
-        scene: what the image shows.
+        scene: what shows the digits.
     """
 
     kind: str
     conversation: prompts.Conversation
     target: str
     task: Task
-    scene: Scene
+    scene: Scene | Written | Dialled | Film
 
     @property
     def image(self) -> Image.Image:
         return self.scene.render()
+
+    @property
+    def question(self) -> str:
+        """The question as it is put to the model, without the medium."""
+        return self.scene.ask(self.task.question)
 
     @property
     def meta(self) -> dict:
@@ -85,34 +66,19 @@ class Example:
         """
         if responses is None:
             responses = () if self.kind == "prompt" else (self.target,)
-        turns, images = [], 0
+        turns, shown = [], 0
         for role, text in self.conversation:
             media, text = prompts.split_media(text)
-            parts = [data_example.Part("image", index=images + k) for k in range(media)]
-            images += media
+            parts = [data_example.Part(kind, index=shown + k) for k, kind in enumerate(media)]
+            shown += len(media)
             turns.append(data_example.message(role, text, parts))
         return data_example.Example(
             messages=tuple(turns),
             responses=tuple(responses),
-            media=(self.image,) * images,
+            media=self.scene.media() * shown,
             where=f"digits:{self.kind}",
             meta=self.meta,
         )
-
-
-def sample_scene(
-    split: str, rng: np.random.Generator, max_digits: int = 3
-) -> tuple[tuple[int, ...], Scene]:
-    """Random digits of a split: their labels and the scene; one-pixel shifts in train only."""
-    digits = load_digits()
-    ids = digits.split(split)
-    count = 1 + int(rng.random() * max_digits)
-    sources = tuple(int(ids[int(rng.random() * len(ids))]) for _ in range(count))
-    shifts = (0,) * count
-    if split == "train":
-        shifts = tuple(int(rng.random() * len(SHIFTS)) for _ in range(count))
-    labels = tuple(int(digits.labels[source]) for source in sources)
-    return labels, Scene(sources, shifts, max_digits)
 
 
 class Examples(Sequence):
@@ -120,9 +86,12 @@ class Examples(Sequence):
 
     stream: int  # keeps the random streams of different kinds of sets apart, whatever their seeds
 
-    def __init__(self, n: int, seed: int, split: str, max_digits: int):
+    def __init__(self, n: int, seed: int, split: str, max_digits: int, kind: str = "image"):
         check_max_digits(max_digits)
         load_digits().split(split)
+        if kind not in MEDIA_KINDS:
+            raise DataError(f"the digits are shown as {', '.join(MEDIA_KINDS)}; got {kind!r}.")
+        self.kind = kind
         self.n, self.seed, self.split, self.max_digits = n, seed, split, max_digits
         self.split_index = list(SPLITS).index(split)
 
@@ -164,8 +133,9 @@ class SftExamples(Examples):
         follow: float = 0.85,
         break_right: float = 0.7,
         flaws: Mapping[str, float] | None = None,
+        media: str = "image",
     ):
-        super().__init__(n, seed, split, max_digits)
+        super().__init__(n, seed, split, max_digits, media)
         unknown = sorted(set(mix) - set(KINDS))
         if unknown or not np.isclose(sum(mix.values()), 1):
             raise ConfigError(
@@ -180,20 +150,21 @@ class SftExamples(Examples):
         """Example ``index``, a function of the seed and the index."""
         rng = self.rng(index)
         kind = KINDS[int(np.searchsorted(self.bounds, rng.random(), side="right"))]
-        digits, scene = sample_scene(self.split, rng, self.max_digits)
+        digits, scene = sample_scene(self.split, rng, self.max_digits, self.kind)
         task = sample_task(digits, rng)
+        question = scene.ask(task.question)
         response = sample_response(task, rng, **self.flaws).text
         if kind == "answer":
-            return Example(kind, prompts.answer(task.question), response, task, scene)
+            return Example(kind, prompts.answer(question, self.kind), response, task, scene)
         if kind == "feedback":
-            conversation = prompts.critique(task.question, response)
+            conversation = prompts.critique(question, response, self.kind)
             return Example(kind, conversation, random_feedback(task, rng).text, task, scene)
         true = rng.random() < self.true_refinements
         advice = oracle.true_feedback(task, response) if true else random_feedback(task, rng)
         revised = oracle.apply_refinement(
             task, response, advice.actions, rng, follow=self.follow, break_right=self.break_right
         )
-        conversation = prompts.refine(task.question, response, advice.refinement)
+        conversation = prompts.refine(question, response, advice.refinement, self.kind)
         return Example(kind, conversation, revised, task, scene)
 
 
@@ -205,10 +176,10 @@ class EvaluationPrompts(Examples):
     def make(self, index: int) -> Example:
         """Prompt ``index``, a function of the seed and the index."""
         rng = self.rng(index)
-        digits, scene = sample_scene(self.split, rng, self.max_digits)
+        digits, scene = sample_scene(self.split, rng, self.max_digits, self.kind)
         task = sample_task(digits, rng)
-        perfect = perfect_response(task).text
-        return Example("prompt", prompts.answer(task.question), perfect, task, scene)
+        asked = prompts.answer(scene.ask(task.question), self.kind)
+        return Example("prompt", asked, perfect_response(task).text, task, scene)
 
 
 def sft_examples(
@@ -228,7 +199,8 @@ def sft_examples(
         mix: share of each kind, adding up to 1.
         **options: ``max_digits`` (3), ``true_refinements`` (0.5), ``follow`` (0.85),
             ``break_right`` (0.7), ``flaws`` (rates of
-            :func:`~aa_jax.data.digits.responses.sample_response`).
+            :func:`~aa_jax.data.digits.responses.sample_response`), ``media`` (what shows the
+            digits: "image", "text", "audio" or "video").
 
     Raises:
         ConfigError: unknown kind, or shares that do not add up to 1.
@@ -238,7 +210,7 @@ def sft_examples(
 
 
 def evaluation_prompts(
-    n: int, seed: int, split: str = "test", *, max_digits: int = 3
+    n: int, seed: int, split: str = "test", *, max_digits: int = 3, media: str = "image"
 ) -> EvaluationPrompts:
     """Prompts of kind "prompt" whose ``target`` is the perfect answer.
 
@@ -246,4 +218,4 @@ def evaluation_prompts(
     "test" once. Other splits are other prompts, also
     under the same seed.
     """
-    return EvaluationPrompts(n, seed, split, max_digits)
+    return EvaluationPrompts(n, seed, split, max_digits, media)

@@ -1,7 +1,8 @@
 """Dataset rows with the column names of PKU-Alignment/align-anything, and parquet files of them.
 
-Preference rows follow config ``text-image-to-text``, demonstrations follow
-``Align-Anything-TI2T-Instruction-100K``; templates written for those read these.
+Preference rows follow the configs ``text-image-to-text``, ``text-to-text``, ``text-audio-to-text``
+and ``text-video-to-text``, demonstrations ``Align-Anything-TI2T-Instruction-100K``; templates
+written for those read these. Rows whose answers are media: :mod:`generation`.
 """
 
 import json
@@ -14,12 +15,14 @@ from aa_jax.data.digits import oracle
 from aa_jax.data.digits.annotators import Annotator, Pair
 from aa_jax.data.digits.examples import Example, evaluation_prompts
 from aa_jax.data.digits.feedback import Feedback
-from aa_jax.data.digits.images import png_bytes
 from aa_jax.data.digits.oracle import DIMENSIONS, INFORMATIVE
 from aa_jax.data.digits.prompts import split_media
 from aa_jax.data.digits.responses import parse, sample_response
 from aa_jax.errors import DataError
 
+_IMAGES = ("image", "image_1", "image_2", "input_image", "output_image", "better_img", "worse_img")
+_AUDIO = ("audio", "audio_path")
+_VIDEOS = ("video", "video_path", "video_1", "video_2")
 DEMONSTRATOR = "digits-demonstrator"
 _SPOKEN = {
     "prompt_following": "following",
@@ -29,9 +32,19 @@ _SPOKEN = {
 }
 
 
-def preference_columns() -> list[str]:
-    """Column names of a preference row, in order."""
-    columns = ["question", "image", "response_1", "response_2", "res_1_from", "res_2_from"]
+# What shows the digits -> name of the prompt's column, names of the media columns.
+MEDIA_COLUMNS = {
+    "image": ("question", ("image",)),
+    "text": ("question", ()),
+    "audio": ("prompt", ("audio_path",)),
+    "video": ("prompt", ("video_path",)),
+}
+
+
+def preference_columns(media: str = "image") -> list[str]:
+    """Column names of a preference row of that subtask, in order."""
+    question, shown = MEDIA_COLUMNS[media]
+    columns = [question, *shown, "response_1", "response_2", "res_1_from", "res_2_from"]
     tail = ["text_critique_1", "text_critique_2", "overall_response", "overall_textfeedback"]
     for letter, dimension in DIMENSIONS.items():
         columns += [f"{letter}_response", f"{dimension}_rate_1", f"{dimension}_rate_2"]
@@ -88,9 +101,10 @@ def preference_row(
         overall = 1 + int(rng.random() < 0.5)
     else:
         overall = 1 if totals[0] > totals[1] else 2
+    media = example.scene.kind
     row = {
-        "question": task.question,
-        "image": {"bytes": png_bytes(example.image), "path": None},
+        MEDIA_COLUMNS[media][0]: example.question,
+        **example.scene.columns(),
         "response_1": response_1,
         "response_2": response_2,
         "res_1_from": sources[0],
@@ -112,7 +126,7 @@ def preference_row(
     row["overall_textfeedback"] = f"##Reason: response {overall} is {why} ."
     if meta:
         row["meta"] = json.dumps(example.meta)
-    return {name: row[name] for name in preference_columns() + ["meta"] * meta}
+    return {name: row[name] for name in preference_columns(media) + ["meta"] * meta}
 
 
 def _implied_reading(text: str, note: Feedback) -> oracle.Reading:
@@ -140,12 +154,13 @@ def preference_rows(
     max_digits: int = 3,
     meta: bool = False,
     flaws: dict[str, float] | None = None,
+    media: str = "image",
 ) -> Iterator[dict]:
     """``n`` annotated pairs of demonstrations with different texts.
 
     Row *i* depends on (seed, i) only. For answers of a model use :func:`preference_row`.
     """
-    examples = evaluation_prompts(n, seed, split, max_digits=max_digits)
+    examples = evaluation_prompts(n, seed, split, max_digits=max_digits, media=media)
     for index, example in enumerate(examples):
         rng = np.random.default_rng((21, seed, index))
         first = sample_response(example.task, rng, **(flaws or {})).text
@@ -158,13 +173,13 @@ def preference_rows(
 
 
 def sft_rows(examples: Iterable[Example], *, messages: bool = False) -> Iterator[dict]:
-    """Demonstrations as rows ``prompt, response, image``.
+    """Demonstrations as rows ``prompt, response`` and their medium (``image``, ...).
 
     Args:
         examples: from :func:`~aa_jax.data.digits.examples.sft_examples`.
         messages: adds ``kind`` and ``messages`` (the conversation before the response, a list of
-            role and content with ``<image>`` in place), and allows examples of several turns,
-            whose ``prompt`` is then the last turn alone.
+            role and content with ``<image>`` or the like in place), and allows examples of several
+            turns, whose ``prompt`` is then the last turn alone.
 
     Raises:
         DataError: an example of several turns does not fit one ``prompt`` column.
@@ -179,7 +194,7 @@ def sft_rows(examples: Iterable[Example], *, messages: bool = False) -> Iterator
         row = {
             "prompt": split_media(turns[-1][1])[1],
             "response": example.target,
-            "image": {"bytes": png_bytes(example.image), "path": None},
+            **example.scene.columns(),
         }
         if messages:
             row["kind"] = example.kind
@@ -188,17 +203,27 @@ def sft_rows(examples: Iterable[Example], *, messages: bool = False) -> Iterator
 
 
 def features_of(columns: Sequence[str]):
-    """``datasets.Features`` of rows with these columns; ``image`` is a real image column."""
+    """``datasets.Features`` of rows with these columns; images and audio are real columns of
+    their kind, videos the same structure of bytes and path."""
     import datasets
 
     text, number = datasets.Value("string"), datasets.Value("int64")
     turns = datasets.List({"role": text, "content": text})
-    special = {"image": datasets.Image(), "messages": turns}
+    file = {"bytes": datasets.Value("binary"), "path": text}
+    special = dict.fromkeys(_IMAGES, datasets.Image()) | dict.fromkeys(_AUDIO, datasets.Audio())
+    special |= dict.fromkeys(_VIDEOS, file) | {"messages": turns}
     numbers = {f"{letter}_response" for letter in DIMENSIONS} | {"overall_response"}
-    numbers |= {f"{name}_rate_{k}" for name in DIMENSIONS.values() for k in (1, 2)}
-    return datasets.Features(
-        {name: special.get(name, number if name in numbers else text) for name in columns}
-    )
+    numbers |= {f"overall_{kind}" for kind in ("image", "audio", "video")}
+
+    def feature(name: str):
+        if name in numbers or name.endswith(("_rate_1", "_rate_2")):
+            return number
+        # T2A calls its clips response_1 and response_2, as T2T calls its texts.
+        if name in ("response_1", "response_2") and "overall_audio" in columns:
+            return datasets.Audio()
+        return special.get(name, text)
+
+    return datasets.Features({name: feature(name) for name in columns})
 
 
 def write_parquet(rows: Iterable[dict], path: str | Path) -> Path:
@@ -219,7 +244,12 @@ def write_parquet(rows: Iterable[dict], path: str | Path) -> Path:
     columns = list(table[0])
     data = {name: [row[name] for row in table] for name in columns}
     features = features_of(columns)
-    dataset = datasets.Dataset.from_dict(data, features=features)
+    # As files are stored; encoding an audio column itself would ask for torchcodec.
+    file = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    stored = datasets.Features(
+        {k: file if isinstance(v, datasets.Audio) else v for k, v in features.items()}
+    )
+    dataset = datasets.Dataset.from_dict(data, features=stored)
     # The schema's metadata carry the features; Dataset.to_parquet would draw a progress bar.
     arrow = dataset.data.table.replace_schema_metadata(features.arrow_schema.metadata)
     pyarrow.parquet.write_table(arrow, path)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float, Int
 
-from aa_jax.data.digits.examples import Scene, sample_scene
+from aa_jax.data.digits.scenes import Scene, sample_scene
 
 
 def pixels_of(scene: Scene) -> Float[np.ndarray, "3 H W"]:

@@ -15,7 +15,7 @@ from aa_jax.errors import ConfigError
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 # The order fixes the token ids: append, never insert.
-_WORDS = (
+WORDS = (
     ("USER:", "ASSISTANT:", "##Response:", "##Critique:", "##Refinement:", "##Reason:")
     + tuple(str(digit) for digit in range(10))
     + (".", ",", ";", "?")
@@ -50,7 +50,7 @@ IMAGE_MEAN, IMAGE_STD = 0.0, 0.5
 
 def vocabulary() -> list[str]:
     """Tokens in the order of their ids: special tokens first."""
-    return list(SPECIAL_TOKENS + _WORDS)
+    return list(SPECIAL_TOKENS + WORDS)
 
 
 def write_processor(

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 
 from aa_jax.data.templates.base import Side, Template, read
+from aa_jax.data.templates.dialogue import DIALOGUE_TEMPLATES
 from aa_jax.data.templates.generation import GENERATION_TEMPLATES
 from aa_jax.data.templates.multimodal import MULTIMODAL_TEMPLATES
 from aa_jax.data.templates.text import TEXT_TEMPLATES
@@ -17,6 +18,7 @@ TEMPLATES: dict[str, Template] = {
     **TEXT_TEMPLATES,
     **MULTIMODAL_TEMPLATES,
     **GENERATION_TEMPLATES,
+    **DIALOGUE_TEMPLATES,
 }
 
 _KEYS = (

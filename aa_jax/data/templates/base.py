@@ -199,11 +199,9 @@ class Template:
     def unpaired(self, row: Mapping[str, Any], *, decode: bool = True) -> list[Example]:
         """A preference as two rows with ``meta["label"]`` 1 (better) and 0, as KTO wants them."""
         pair = self.preference(row, decode=decode)
-        if any(response.media for response in pair.responses):
-            raise DataError(f"{pair.where}: responses with media cannot be unpaired.")
         return [
-            pair.replace(responses=(response,), meta={**pair.meta, "label": label})
-            for response, label in zip(pair.responses, (1, 0), strict=True)
+            _alone(pair, number).replace(meta={**pair.meta, "label": label})
+            for number, label in ((0, 1), (1, 0))
         ]
 
     def feedback(
@@ -295,6 +293,27 @@ class Template:
         from aa_jax.data.media import decode as decode_media
 
         return decode_media(example, getattr(row, "root", None))
+
+
+def _alone(pair: Example, number: int) -> Example:
+    """One response of a pair, without the media of the other."""
+    response = pair.responses[number]
+    others = {p.index for r in pair.responses if r is not response for p in r.media}
+    kept = [i for i in range(len(pair.media)) if i not in others]
+    place = {old: new for new, old in enumerate(kept)}
+
+    def moved(turn: Message) -> Message:
+        parts = (
+            p if p.index is None else dataclasses.replace(p, index=place[p.index])
+            for p in turn.content
+        )
+        return dataclasses.replace(turn, content=tuple(parts))
+
+    return pair.replace(
+        messages=tuple(map(moved, pair.messages)),
+        responses=(moved(response),),
+        media=tuple(pair.media[i] for i in kept),
+    )
 
 
 # The readings of a row by name, each giving a list of examples.

@@ -48,13 +48,22 @@ _TEXT_IMAGE = (("image", ("input_image", "image_url")),)
 
 GENERATION_TEMPLATES: dict[str, Template] = {
     "AA_T2I": Template(
+        response=_side("image", "image"),
         pair=(_side("image", "image_1"), _side("image", "image_2")),
         label=("overall_image",),
         meta=("image_1_model", "image_2_model"),
     ),
     "AA_T2A": Template(
+        response=_side("audio", "audio"),
         pair=(_side("audio", "response_1"), _side("audio", "response_2")),
         label=("overall_audio",),
+        meta=("overall_textfeedback",),
+    ),
+    # The raw subset's columns are not documented; these are the names of its siblings.
+    "AA_T2V": Template(
+        pair=(_side("video", "video_1"), _side("video", "video_2")),
+        response=_side("video", "video"),
+        label=("overall_video",),
         meta=("overall_textfeedback",),
     ),
     "Pickapic": PickAPic(

@@ -102,6 +102,24 @@ class Thoughts(Template):
         return message("assistant", f"{begin}{''.join(thoughts)}{end}{answer.text}")
 
 
+@dataclasses.dataclass(frozen=True)
+class SafeOrNot(Template):
+    """PKU-SafeRLHF for cost models: the *less safe* response first, as the cost ranks it higher.
+
+    ``meta["signs"]`` = 1 for an unsafe response, -1 for a safe one (Safe RLHF, section 3.1).
+    """
+
+    def order(self, row: Mapping[str, Any]) -> tuple[int, int]:
+        safer, other = super().order(row)
+        return other, safer
+
+    def extra(self, row: Mapping[str, Any], order: tuple[int, int] | None) -> dict[str, Any]:
+        if order is None:
+            return super().extra(row, order)
+        safe = [column(row, (f"is_response_{i}_safe",), "safety label") for i in order]
+        return {**super().extra(row, order), "signs": tuple(-1.0 if s else 1.0 for s in safe)}
+
+
 TEXT_TEMPLATES: dict[str, Template] = {
     "AA_T2T": Template(**AA_TEXT),
     "AA_T2T_LLF": Template(**LLF),
@@ -111,6 +129,7 @@ TEXT_TEMPLATES: dict[str, Template] = {
         labels=(0, 1),
         meta=("is_response_0_safe", "is_response_1_safe", "safer_response_id"),
     ),
+    "PKUSafeRLHF_Cost": SafeOrNot(pair=PAIR_01, label=("safer_response_id",), labels=(0, 1)),
     "Alpaca": Instruction(response=Side(("output",))),
     "Aligner": Correction(response=Side(("correction",))),
     "O1_T2T": Thoughts(response=Side(("answer",))),

@@ -19,12 +19,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from aa_jax.errors import CheckpointError, ModelError
+from aa_jax.hosts import to_host
 from aa_jax.models import safetensors
 from aa_jax.models.chameleon import vq_params
 from aa_jax.models.chameleon.vocabulary import ImageVocabulary
 from aa_jax.models.chameleon.vq import VQ, VQConfig
 from aa_jax.models.config import Reader
-from aa_jax.models.functional import Params, dtype_named
+from aa_jax.models.functional import Model, Params, dtype_named
 from aa_jax.models.hf import read_config, read_params, write_checkpoint
 from aa_jax.models.names import Names, flatten, unflatten
 
@@ -204,6 +205,23 @@ def image_encoder(
         return table[np.asarray(encode(params, pixels))].reshape(len(pixels), -1)
 
     return tokens
+
+
+def own_image_encoder(
+    model: Model, params: Params
+) -> Callable[[Float[np.ndarray, "N C H W"]], Int[np.ndarray, "N P"]] | None:
+    """`image_encoder` of the tokenizer a Chameleon carries; None for any other model, and where
+    the vocabulary does not name the tokens of the codes.
+
+    Args:
+        model: any model.
+        params: its parameters; the tokenizer's are copied, so that they may be donated later.
+    """
+    if model.family != "chameleon" or not model.config.images.code_tokens:
+        return None
+    tokenizer = build_tokenizer(model.hf_config, decoder=False)
+    copied = jax.tree.map(lambda x: jnp.array(to_host(x)), params["vq"])
+    return image_encoder(tokenizer, copied, model.config.images)
 
 
 def save_tokenizer(

@@ -7,6 +7,14 @@ from aa_jax.models.decoder import Decoder, DecoderConfig, Defaults, read_sizes
 
 DEFAULTS = Defaults(vocab_size=32000, hidden_size=4096, intermediate_size=11008, max_positions=2048)
 
+MISTRAL = Defaults(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    max_positions=131072,
+    num_kv_heads=8,
+)
+
 Llama = Decoder
 
 
@@ -26,4 +34,20 @@ class LlamaConfig(DecoderConfig):
         )
         # pretraining_tp splits matmuls and sums them: the same result in exact arithmetic.
         reader.finish(inert=("pretraining_tp",))
+        return config
+
+
+@dataclasses.dataclass(frozen=True)
+class MistralConfig(LlamaConfig):
+    """A Mistral (Jiang et al., 2023) whose layers see everything before them, as from v0.2 on."""
+
+    @classmethod
+    def read(cls, reader: Reader) -> "MistralConfig":
+        """Takes the attributes out of ``reader``, which collects the problems."""
+        config = cls(**read_sizes(reader, MISTRAL))
+        # Silence means a window of 4096 tokens to transformers; null means none.
+        window = reader.raw.get("sliding_window", 4096)
+        if reader.get("sliding_window", window) is not None:
+            reader.problem("sliding_window", f"is {window!r}; only null, no window, is handled")
+        reader.finish()
         return config

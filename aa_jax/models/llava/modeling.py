@@ -13,7 +13,7 @@ from aa_jax.models.layers import ACTIVATIONS, Linear
 from aa_jax.models.llama.modeling import Llama, LlamaConfig
 from aa_jax.models.multimodal import Multimodal
 
-SUB_CONFIGS = {"text_config": ("llama",), "vision_config": ("clip_vision_model",)}
+VISION = ("clip_vision_model",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,41 +43,56 @@ class LlavaConfig:
     @classmethod
     def read(cls, reader: Reader) -> "LlavaConfig":
         """Takes the attributes out of ``reader``, which collects the problems."""
-        for name, known in SUB_CONFIGS.items():
-            sub = reader.get(name, {})
-            kind = sub.get("model_type", known[0]) if isinstance(sub, dict) else known[0]
-            if kind not in known:
-                reader.problem(name, f"is of model_type {kind!r}; handled: {', '.join(known)}")
-        text = LlamaConfig.read(reader.section("text_config"))
-        vision = ClipVisionConfig.read(_with_tower_defaults(reader))
-        # Either place ties the head: transformers copies the text config's flag upwards.
-        tied = reader.flag("tie_word_embeddings", False) or text.tied
-        text = dataclasses.replace(text, tied=tied)
-        layers = reader.get("vision_feature_layer", -2)
-        many = isinstance(layers, list | tuple)
-        strategy = reader.choice("vision_feature_select_strategy", "default", ("default", "full"))
-        feature_layers = []
-        for layer in layers if many else (layers,):
-            index = layer + vision.num_layers + 1 if isinstance(layer, int) and layer < 0 else layer
-            if not isinstance(index, int) or not 0 <= index <= vision.num_layers:
-                reader.problem(
-                    "vision_feature_layer",
-                    f"names {layer!r}, but the tower has {vision.num_layers} layers",
-                )
-                index = 0
-            feature_layers.append(index)
-        config = cls(
-            text=text,
-            vision=vision,
-            feature_layers=tuple(feature_layers),
-            keep_class_token=strategy == "full",
-            projector_bias=reader.flag("multimodal_projector_bias", True),
-            projector_act=reader.activation("projector_hidden_act", "gelu"),
-            image_token_id=_image_token(reader),
-        )
-        # image_seq_length restates what tower and strategy imply; ignore_index is the loss's.
-        reader.finish(inert=("image_seq_length", "ignore_index", "vocab_size"))
+        config = cls(**read_parts(reader, {"llama": LlamaConfig}))
+        reader.finish(inert=INERT)
         return config
+
+
+# image_seq_length restates what tower and strategy imply; ignore_index is the loss's.
+INERT = ("image_seq_length", "ignore_index", "vocab_size")
+
+
+def read_parts(reader: Reader, texts: dict[str, type[LlamaConfig]]) -> dict[str, Any]:
+    """The attributes that models of a CLIP tower, this projector and a decoder share.
+
+    Args:
+        reader: of config.json; collects the problems.
+        texts: config classes of the decoders handled, by model_type; the first is the default.
+    """
+    kinds = {}
+    for name, known in {"text_config": tuple(texts), "vision_config": VISION}.items():
+        sub = reader.get(name, {})
+        kind = sub.get("model_type", known[0]) if isinstance(sub, dict) else known[0]
+        if kind not in known:
+            reader.problem(name, f"is of model_type {kind!r}; handled: {', '.join(known)}")
+            kind = known[0]
+        kinds[name] = kind
+    text = texts[kinds["text_config"]].read(reader.section("text_config"))
+    vision = ClipVisionConfig.read(_with_tower_defaults(reader))
+    # Either place ties the head: transformers copies the text config's flag upwards.
+    tied = reader.flag("tie_word_embeddings", False) or text.tied
+    layers = reader.get("vision_feature_layer", -2)
+    many = isinstance(layers, list | tuple)
+    strategy = reader.choice("vision_feature_select_strategy", "default", ("default", "full"))
+    feature_layers = []
+    for layer in layers if many else (layers,):
+        index = layer + vision.num_layers + 1 if isinstance(layer, int) and layer < 0 else layer
+        if not isinstance(index, int) or not 0 <= index <= vision.num_layers:
+            reader.problem(
+                "vision_feature_layer",
+                f"names {layer!r}, but the tower has {vision.num_layers} layers",
+            )
+            index = 0
+        feature_layers.append(index)
+    return dict(
+        text=dataclasses.replace(text, tied=tied),
+        vision=vision,
+        feature_layers=tuple(feature_layers),
+        keep_class_token=strategy == "full",
+        projector_bias=reader.flag("multimodal_projector_bias", True),
+        projector_act=reader.activation("projector_hidden_act", "gelu"),
+        image_token_id=_image_token(reader),
+    )
 
 
 def _with_tower_defaults(reader: Reader) -> Reader:

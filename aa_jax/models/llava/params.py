@@ -21,6 +21,14 @@ LAYOUTS = (
     (r"vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
 
+# From the names written here to those of transformers' modules in memory; the first match counts.
+MODULES = (
+    (r"language_model\.model\.", "model.language_model."),
+    (r"language_model\.lm_head\.", "lm_head."),
+    (r"vision_tower\.vision_model\.", "model.vision_tower."),
+    (r"multi_modal_projector\.", "model.multi_modal_projector."),
+)
+
 
 def names(config: LlavaConfig) -> Names:
     """The whole model's map."""
@@ -32,4 +40,5 @@ def names(config: LlavaConfig) -> Names:
         layouts=LAYOUTS,
         buffers=tower.buffers + decoder.buffers,
         tied=decoder.tied,
+        modules=MODULES,
     )

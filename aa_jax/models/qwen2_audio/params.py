@@ -18,6 +18,13 @@ LAYOUTS = (
     (r"model\.(audio_tower|multi_modal_projector)\.", r"\1."),
 )
 
+# From the names written here to those of transformers' modules in memory; the first match counts.
+MODULES = (
+    (r"language_model\.model\.", "model.language_model."),
+    (r"language_model\.lm_head\.", "lm_head."),
+    (r"(audio_tower|multi_modal_projector)\.", r"model.\1."),
+)
+
 
 def names(config: Qwen2AudioConfig) -> Names:
     """The whole model's map."""
@@ -28,4 +35,5 @@ def names(config: Qwen2AudioConfig) -> Names:
         rules=tower.rules + projector + decoder.rules,
         layouts=LAYOUTS,
         buffers=tower.buffers + decoder.buffers,
+        modules=MODULES,
     )

@@ -43,6 +43,12 @@ LAYOUTS = (
     (r"language_model\.(model|lm_head)\.", r"\1."),
 )
 
+# From the names written here to those of transformers' modules in memory; the first match counts.
+MODULES = (
+    (r"visual\.", "model.visual."),
+    (r"model\.", "model.language_model."),
+)
+
 
 def names(config: Qwen2VLConfig) -> Names:
     """The whole model's map."""
@@ -62,4 +68,5 @@ def names(config: Qwen2VLConfig) -> Names:
         layouts=LAYOUTS,
         buffers=(*decoder.buffers, r"visual\.rotary_pos_emb\.inv_freq"),
         tied=decoder.tied,
+        modules=MODULES,
     )

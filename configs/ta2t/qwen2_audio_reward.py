@@ -1,0 +1,42 @@
+"""Reward model from Qwen2-Audio-7B on preference pairs (text + audio -> text), the paper's
+settings.
+
+Command:  python launch/train.py --config configs/ta2t/qwen2_audio_reward.py \\
+              --config.model.path=/ckpt/Qwen2-Audio-7B-Instruct \\
+              --config.data.path=PKU-Alignment/align-anything \\
+              --workdir runs/qwen2_audio_reward
+Hardware: eight accelerators with 80 GB each (fsdp=8); a small checkpoint runs on a CPU.
+Time:     not measured on that hardware.
+Expected: accuracy on held-out pairs rises above one half.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import required_placeholder
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict({
+        "recipe": "reward",
+        "seed": 0,
+        "mesh": {"data": 1, "fsdp": -1},
+        "model": {
+            "path": required_placeholder(str),
+            "dtype": "bfloat16",
+            "param_dtype": "bfloat16",
+            "remat": "full",
+        },
+        "data": {
+            "path": required_placeholder(str),
+            "template": "AA_TA2T", "subset": "text-audio-to-text",
+            "split": "train",
+            "limits": {"max_length": 2048},
+        },
+        "objective": {"regularization": 0.001},
+        "optim": {"lr": 1e-6, "schedule": "cosine", "warmup_ratio": 0.03},
+        "train": {
+            "epochs": 3, "batch_rows": 32, "accumulation": 1,
+            "frozen": ("audio_tower/*",),
+            "checkpoint_every": 500,
+            "log_every": 10,
+        },
+    })  # fmt: skip
