@@ -143,8 +143,8 @@ def test_the_search_takes_what_fits_and_recomputes_least(tmp_path, monkeypatch):
     monkeypatch.setattr(search, "build", lambda *a, **k: k)
 
     def measured(made, place, remat):
-        rows = 32 // 8 // made["accumulation"]
-        total = needs.get((remat, rows), 3)
+        rows = 32 / 8 / made["accumulation"]
+        total = needs.get((remat, int(rows)), 3)
         return search.Figures(
             place.name, "", 8, {}, rows, made["accumulation"], remat, 1, {}, total, 6.0,
             total <= 6, cost[remat], 1.0, {}, 0.0,
