@@ -117,7 +117,7 @@ def state(**options):
         gradient_checkpointing_kwargs=None, discopop_tau=options.pop("discopop_tau", 0.05)
     )
     common = dict(
-        model=SimpleNamespace(training=True, is_gradient_checkpointing=False),
+        model=plain_model(),
         accelerator=accelerator(),
         aux_loss_enabled=False,
         precompute_ref_logps=False,
@@ -129,6 +129,13 @@ def state(**options):
         label_smoothing=0.0,
     )
     return SimpleNamespace(**(common | options))
+
+
+def plain_model():
+    """A module without adapters: with peft installed the trainers look into it."""
+    model = torch.nn.Identity()
+    model.is_gradient_checkpointing = False
+    return model
 
 
 def dpo(numbers, types, weights, options):
