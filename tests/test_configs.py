@@ -85,6 +85,7 @@ def batch(folder: str, rows: int, length: int, sequences: int, slots: int) -> di
         "last_positions": shape((rows, sequences), jnp.int32),
         "sequence_mask": shape((rows, sequences), jnp.float32),
         "ref_logps": shape((rows, sequences), jnp.float32),
+        "signs": shape((rows, sequences), jnp.float32),
     }  # fmt: skip
 
 

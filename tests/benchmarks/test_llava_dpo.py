@@ -20,6 +20,7 @@ def program(monkeypatch):
     return importlib.import_module("llava_dpo")
 
 
+@pytest.mark.slow
 def test_tiny_run(tmp_path):
     out = tmp_path / "result.json"
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}

@@ -109,6 +109,7 @@ def trained(tmp_path_factory):
     return train
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_without_buckets(trained):
     assert trained(2) == pytest.approx(trained(1), rel=1e-6)
 

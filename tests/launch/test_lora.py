@@ -97,6 +97,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_killed_and_continued_bit_for_bit_beside_the_same_base(
     checkpoint, preferences, tmp_path, monkeypatch
 ):
@@ -131,6 +132,7 @@ def first_losses(checkpoint, preferences, folder, mesh, **lora):
     return series(read_metrics(folder, stage="train"), "loss")[1]
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_base_and_of_a_continued_adapter_its_start(
     checkpoint, preferences, tmp_path, monkeypatch
 ):

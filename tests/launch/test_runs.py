@@ -81,6 +81,7 @@ def test_dpo_starts_at_log_two_and_layouts_agree(checkpoint, preferences, tmp_pa
     np.testing.assert_allclose(first[0], first[1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_any_batch_size_on_any_number_of_devices(checkpoint, preferences, tmp_path):
     """5 pairs per update over 8 devices, held-out data too: the numbers of one device."""
     found, devices = [], jax.devices()

@@ -33,9 +33,7 @@ def run(world, reward, workdir, algorithm="grpo", iterations=2, **changes):
 @pytest.mark.parametrize(
     "algorithm",
     [
-        name
-        if name in ("ppo_lagrangian", "grpo", "online_dpo")
-        else pytest.param(name, marks=pytest.mark.slow)
+        name if name in ("ppo_lagrangian", "grpo") else pytest.param(name, marks=pytest.mark.slow)
         for name in ALGORITHMS
     ],
 )
