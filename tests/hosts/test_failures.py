@@ -54,6 +54,7 @@ def assert_same_training(workdir, whole, rtol):
             np.testing.assert_allclose(a[name], b[name], rtol=10 * rtol, atol=rtol)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_job_and_the_same_command_continues(start, tiny, tmp_path):
     """SIGKILL to one of two: the other ends at once, the cause is named, and one process (another
     layout) finishes with the numbers of an undisturbed training on one device."""

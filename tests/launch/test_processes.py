@@ -47,6 +47,7 @@ def figures(workdir, stage="train", names=("loss", "grad_norm")):
     return {name: series(rows, name)[1] for name in names}
 
 
+@pytest.mark.slow
 def test_dpo_in_two_processes_is_dpo_in_one(checkpoint, preferences, tmp_path):
     """An epoch of 40 pairs in batches of 12, the last of 4: losses, gradients, tokens and the saved
     model are those of one process on eight devices."""
