@@ -8,6 +8,7 @@ import contextlib
 import gc
 import logging
 import os
+import shutil
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 _DAMAGED = "damaged"
 _OUTSIDE = "outside"
+_UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 class _Damaged(Exception):
@@ -69,11 +71,14 @@ class Checkpointer:
         self._scores: dict[int, float | None] = {}
         with self._writing("be opened"):
             self.folder.mkdir(parents=True, exist_ok=True)
+            # Orbax's own option removes them in the background and waits only before a save:
+            # a run that only reads could leave them.
+            if hosts.index() == 0:
+                for left in self.folder.glob(f"*{_UNFINISHED}*"):
+                    shutil.rmtree(left)
             self._manager = ocp.CheckpointManager(
                 self.folder,
-                options=ocp.CheckpointManagerOptions(
-                    max_to_keep=None, cleanup_tmp_directories=True
-                ),
+                options=ocp.CheckpointManagerOptions(max_to_keep=None),
             )
 
     def steps(self) -> list[int]:
