@@ -183,13 +183,11 @@ def test_a_reference_free_loss_learns_without_reference(name, llama):
     check_it_learns(name, llama)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in losses.PREFERENCE_LOSSES if n not in DEFAULT])
 def test_every_preference_loss_learns(name, llama):
     check_it_learns(name, llama, **SETTINGS.get(name, {}))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", losses.UNPAIRED_LOSSES)
 def test_every_unpaired_loss_learns(name, llama):
     model, params, _ = llama
