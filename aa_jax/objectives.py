@@ -209,6 +209,67 @@ def kto(
     return objective
 
 
+def cut(
+    model: Model,
+    *,
+    threshold: float = 1.1,
+    unlikelihood_weight: float = 0.1,
+    focus: float = 0.0,
+    entropy: bool = False,
+    chunk: int | None = None,
+) -> Objective:
+    """Contrastive unlikelihood training on judged responses (CUT).
+
+    The batch holds one response per row behind its judgment, under ``plain`` a second batch with
+    the same responses and no judgment in the prompt, and ``negative`` [B] (1: the judgment finds
+    fault). Media are encoded once for both.
+
+    Args:
+      model: the model.
+      threshold: λ, see `aa_jax.losses.inappropriate_tokens`.
+      unlikelihood_weight: α.
+      focus: γ.
+      entropy: also report the mean entropy per response token.
+      chunk: tokens per block of logits, see `aa_jax.kernels.linear_logprob`.
+
+    Returns:
+      ``objective(params, batch)``; see `aa_jax.losses.cut_loss` for the metrics.
+
+    Raises:
+      ConfigError: an option out of range.
+    """
+    if threshold < 1 or unlikelihood_weight < 0 or focus < 0:
+        raise ConfigError(
+            f"cut: threshold {threshold} must be at least 1, unlikelihood_weight "
+            f"{unlikelihood_weight} and focus {focus} not negative."
+        )
+
+    def objective(params: Params, batch: Batch) -> losses.Loss:
+        if "plain" not in batch or "negative" not in batch:
+            raise DataError(
+                "CUT reads each response with and without its judgment: read the data with the "
+                "task 'judgment' (the recipe 'cut' does), from a template with language feedback."
+            )
+        plain = batch["plain"]
+        features = model.encode_media(params, batch["media"]) if "media" in batch else None
+        judged = token_logps(model, params, batch, features, need_entropy=entropy, chunk=chunk)
+        alone = token_logps(model, params, plain, features, chunk=chunk)
+        sequence_mask = jnp.asarray(batch["sequence_mask"])
+        mask = judged.mask * sequence_mask[..., None]
+        loss, metrics = losses.cut_loss(
+            judged.logps[:, 0],
+            alone.logps[:, 0],
+            mask[:, 0],
+            jnp.asarray(batch["negative"], jnp.float32).reshape(-1),
+            threshold=threshold,
+            unlikelihood_weight=unlikelihood_weight,
+            focus=focus,
+        )
+        return loss, metrics | _entropy(judged, sequence_mask)
+
+    return objective
+
+
 def reward(model: Model, *, regularization: float = 0.0, centering: float = 0.0) -> Objective:
     """Reward modelling; parameters are a score model's, {"model": ..., "score_head": ...}.
 

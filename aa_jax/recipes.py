@@ -21,6 +21,7 @@ from aa_jax.config.runs import HARMLESS
 from aa_jax.data.buckets import bucket_lengths
 from aa_jax.data.collate import Shapes, collate, row_length
 from aa_jax.data.encoded import EncodedExamples, WithColumn
+from aa_jax.data.judged import Judged
 from aa_jax.data.loader import Loader, pack
 from aa_jax.data.mismatched import Mismatched
 from aa_jax.data.processor import Processor
@@ -47,8 +48,9 @@ class Recipe:
       objective: `(model, **options) -> objective`.
       reference: `options -> bool`, whether the loss compares with the log-probs of the initial
         model.
-      mismatched: `options -> bool`, whether the batch also holds every prompt with the response of
-        another example.
+      twin: `options -> name`, under which the batch holds a twin of every example ("mismatched":
+        its prompt with the response of another, "plain": its response without the judgment in the
+        prompt), or None.
       extras: columns of the examples' meta data that the loss reads.
       score_head: the trained parameters are a score model, {"model", "score_head"}.
     """
@@ -57,7 +59,7 @@ class Recipe:
     layout: str
     objective: Callable[..., Callable]
     reference: Callable[[Mapping[str, Any]], bool] = lambda options: False
-    mismatched: Callable[[Mapping[str, Any]], bool] = lambda options: False
+    twin: Callable[[Mapping[str, Any]], str | None] = lambda options: None
     extras: tuple[str, ...] = ()
     score_head: bool = False
 
@@ -79,8 +81,15 @@ RECIPES: dict[str, Recipe] = {
         "supervised",
         objectives.kto,
         reference=lambda options: True,
-        mismatched=lambda options: needs_kl(options.get("variant", "kto")),
+        twin=lambda options: "mismatched" if needs_kl(options.get("variant", "kto")) else None,
         extras=("label",),
+    ),
+    "cut": Recipe(
+        "judgment",
+        "supervised",
+        objectives.cut,
+        twin=lambda options: "plain",
+        extras=("negative",),
     ),
     "reward": Recipe("preference", "preference", objectives.reward, score_head=True),
     "cost": Recipe("preference", "preference", objectives.cost, extras=("signs",), score_head=True),
@@ -184,7 +193,7 @@ def train(
     loss = row.objective(model, **options)
     layout = row.layout if share_prefix or row.layout != "preference" else "preference_rows"
     data = _encode(examples, processor, rule)
-    if row.task == "unpaired" and any(size.trained for size in data.sizes):
+    if row.task in ("unpaired", "judgment") and any(size.trained for size in data.sizes):
         raise ConfigError(
             f"the recipe {recipe!r} judges a response as a whole, but the data trains earlier "
             "turns too: set train_on='last' in the data's limits."
@@ -296,10 +305,10 @@ def _prepare(
     cache: str | Path | None = None,
 ) -> tuple[Any, Callable]:
     """(data with all the loss reads, how it becomes a batch)."""
-    twin_shapes = None
-    if row.mismatched(options):
-        data = Mismatched(data)
-        twin_shapes = data.twin_shapes(layout)
+    twin, twin_shapes = row.twin(options), None
+    if twin is not None:
+        data = Judged(data, processor) if twin == "plain" else Mismatched(data)
+        twin_shapes = {twin: data.twin_shapes(layout)}
     form = _form(shapes, layout, processor, row.extras, twin_shapes)
     if row.reference(options):
         values = reference_logps(model, params, data, form, batch_rows, mesh, cache=cache)
@@ -313,7 +322,7 @@ def _form(
     layout: str,
     processor: Processor,
     extras: Sequence[str] = (),
-    twin_shapes: Shapes | None = None,
+    twin_shapes: Mapping[str, Shapes] | None = None,
 ) -> Callable:
     """`(items, batch_rows, length=None) -> batch`; a length replaces that of the shapes.
 
@@ -329,12 +338,11 @@ def _form(
             for name in extras:  # every row carries (chosen, rejected); it is one of the two
                 rows = np.arange(len(batch[name]))
                 batch[name] = batch[name][rows, rows % 2][:, None]
-        if twin_shapes is not None:
-            twins = [item.meta["mismatched"] for item in items]
-            batch["mismatched"] = collate(twins, twin_shapes, layout, **rest)
+        for twin, its_shapes in (twin_shapes or {}).items():
+            batch[twin] = collate([item.meta[twin] for item in items], its_shapes, layout, **rest)
             if "ref_logps" in batch:
                 both = batch["ref_logps"]
-                batch["ref_logps"], batch["mismatched"]["ref_logps"] = both[:, :1], both[:, 1:]
+                batch["ref_logps"], batch[twin]["ref_logps"] = both[:, :1], both[:, 1:]
         return batch
 
     return form
@@ -454,13 +462,9 @@ def _evaluation(
         sums = None
         for batch in _in_order(data, form, batch_rows, mesh):
             _, metrics = loss(state["params"], batch)
-            metrics = jax.device_get({k: _first(v) for k, v in metrics.items()})
+            metrics = jax.device_get(metrics)
             sums = metrics if sums is None else jax.tree.map(np.add, sums, metrics)
-        return {name: float(ratio.mean) for name, ratio in sums.items()}
+        # A loss may be several terms, each with a denominator of its own.
+        return {name: float(losses.total_loss(terms)) for name, terms in sums.items()}
 
     return evaluate
-
-
-def _first(value: Any) -> Any:
-    """A Ratio; of a loss with several terms the first one."""
-    return value if hasattr(value, "total") else value[0]

@@ -196,6 +196,41 @@ def test_every_unpaired_loss_learns(name, llama):
     assert found[-1] < found[0], found
 
 
+def cut_batch():
+    """Good and bad responses, behind one more token that says which they are, and without it."""
+    singles = [(prompt, response) for prompt, *both in PAIRS for response in both]
+    judged = [([*prompt, 22 + i % 2], response) for i, (prompt, response) in enumerate(singles)]
+    return rows(judged) | {"negative": np.tile([0.0, 1.0], 4), "plain": rows(singles)}
+
+
+def test_cut_reads_every_response_with_and_without_its_judgment(llama):
+    model, params, _ = llama
+    batch = cut_batch()
+    alone = {k: v for k, v in batch.items() if k not in ("negative", "plain")}
+    judged, plain = (
+        np.float64(objectives.token_logps(model, params, part).logps[:, 0])
+        for part in (alone, batch["plain"])
+    )
+    mask, bad = batch["loss_mask"][:, 0], batch["negative"][:, None]
+    meant = (judged - plain > np.log(1.1)) & (mask * bad > 0)
+    assert 0 < meant.sum() < (mask * bad).sum()
+    terms = (
+        np.where(meant, -0.3 * np.log1p(-np.exp(np.where(meant, plain, -1.0))), -plain) * mask * bad
+    )
+    want = -(judged * mask).sum() / mask.sum() + terms.sum() / (mask * bad).sum()
+    loss, metrics = objectives.cut(model, unlikelihood_weight=0.3)(params, batch)
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics["inappropriate"].mean, meant.sum() / (mask * bad).sum(), rtol=1e-6
+    )
+    found, _ = descend(objectives.cut(model), params, batch)
+    assert found[-1] < found[0]
+    with pytest.raises(ConfigError, match="threshold 0.5 must be at least 1"):
+        objectives.cut(model, threshold=0.5)
+    with pytest.raises(DataError, match="with and without its judgment"):
+        objectives.cut(model)(params, batch["plain"])
+
+
 def test_errors_say_what_is_missing(llama):
     model, params, reference = llama
     with pytest.raises(DataError, match="'ref_logps'.*reference=<params>"):

@@ -14,7 +14,7 @@ from aa_jax.data.collate import Shapes, plan_shapes
 from aa_jax.data.example import Example, InvalidRow, Media, Report, Row
 from aa_jax.data.media import decode, read_bytes
 from aa_jax.data.processor import Processor
-from aa_jax.data.templates import Template, find_template, read
+from aa_jax.data.templates import WORDED, Template, find_template, read
 from aa_jax.data.tokens import NO_LIMITS, Encoded, Limits, Sizes, encode_example
 from aa_jax.errors import DataError, MediaError
 
@@ -27,7 +27,7 @@ class Dataset(Sequence):
     Args:
       source: rows, see ``aa_jax.data.sources``.
       template: name or Template.
-      task: ``supervised``, ``preference``, ``prompt``, ``feedback`` or ``unpaired``.
+      task: ``supervised``, ``preference``, ``prompt``, ``feedback``, ``unpaired`` or ``judgment``.
       columns: your own column names instead of a template.
       processor: with it the items are ``Encoded``, without it ``Example``.
       limits: lengths; too long examples are dropped and counted.
@@ -60,7 +60,7 @@ class Dataset(Sequence):
     ):
         self.source, self.task, self.processor, self.limits = source, task, processor, limits
         self.template = find_template(template, columns)
-        self._options = {"wording": wording} if task == "feedback" else {}
+        self._options = {"wording": wording} if task in WORDED else {}
         self.report = Report()
         self.sizes: list[Sizes] = []
         self._index: list[tuple[int, int]] = []

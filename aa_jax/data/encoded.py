@@ -66,8 +66,8 @@ class EncodedExamples(Sequence):
     def __getitem__(self, index: int) -> Encoded:
         return self._encoded[index]
 
-    def example(self, index: int) -> Example:
-        """The Example that was encoded."""
+    def example(self, index: int, *, decoded: bool = True) -> Example:
+        """The Example that was encoded; its media are decoded in any case."""
         return self._examples[self._kept[index]]
 
     @property

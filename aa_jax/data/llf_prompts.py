@@ -20,6 +20,7 @@ WORDING = {
         "{critique}\nNow improve your response to the first message, following this critique and "
         "its suggestions."
     ),
+    "judged": "{prompt}\n(Write the response about which this was said: {critique})",
     "critique_mark": "##Critique:",
     "refinement_mark": "##Refinement:",
 }
@@ -72,6 +73,18 @@ def refine(
         message("assistant", response),
         message("user", _fill(wording, "refine", critique=critique)),
     )
+
+
+def judged(
+    messages: Sequence[Message], critique: str, wording: Mapping[str, str] | None = None
+) -> tuple[Message, ...]:
+    """(x, j): the conversation whose last turn also shows the judgment of the answer to come.
+
+    Source: Xu et al. 2023, "Reasons to Reject? Aligning Language Models with Judgments", section 3.
+    """
+    last = messages[-1]
+    text = _fill(wording, "judged", prompt=last.text, critique=critique)
+    return (*messages[:-1], message(last.role, text, last.media))
 
 
 def join_feedback(critique: str, refinement: str, wording: Mapping[str, str] | None = None) -> str:

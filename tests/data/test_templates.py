@@ -138,6 +138,24 @@ def test_feedback_with_its_own_refinement_column():
     assert texts(first) == ["##Critique: wrong\n##Refinement: say dog"]
 
 
+def test_a_judged_response_stands_behind_its_critique():
+    values = {**AA, "text_critique_1": "##Critique: wrong ##Refinement: say dog"}
+    values |= {"text_critique_2": "right"}
+    bad, good = TEMPLATES["AA_T2T"].judgment(row(**values))
+    assert texts(bad) == ["a cat"] and texts(good) == ["a dog"]
+    assert (bad.meta["negative"], good.meta["negative"]) == (1, 0)
+    assert "wrong" in bad.messages[-1].text and "right" in good.messages[-1].text
+    assert "say dog" not in bad.messages[-1].text  # the answer itself is no judgment
+    plain = TEMPLATES["AA_T2T"].prompt(row(**values)).messages
+    assert bad.meta["plain"] == good.meta["plain"] == plain
+    mine = {"judged": "{critique} : {prompt}"}
+    assert TEMPLATES["AA_T2T"].judgment(row(**values), wording=mine)[0].messages[-1].text == (
+        f"wrong : {plain[-1].text}"
+    )
+    with pytest.raises(DataError, match="'judged' leaves out {critique}"):
+        TEMPLATES["AA_T2T"].judgment(row(**values), wording={"judged": "{prompt}"})
+
+
 def test_partial_and_missing_feedback():
     one = {**AA, "text_critique_1": None}
     assert len(TEMPLATES["AA_T2T"].feedback(row(**one))) == 1

@@ -5,14 +5,22 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 
-from aa_jax.data.templates.base import Side, Template, read
+from aa_jax.data.templates.base import WORDED, Side, Template, read
 from aa_jax.data.templates.dialogue import DIALOGUE_TEMPLATES
 from aa_jax.data.templates.generation import GENERATION_TEMPLATES
 from aa_jax.data.templates.multimodal import MULTIMODAL_TEMPLATES
 from aa_jax.data.templates.text import TEXT_TEMPLATES
 from aa_jax.errors import DataError
 
-__all__ = ["TEMPLATES", "Side", "Template", "find_template", "from_columns", "read"]
+__all__ = [
+    "TEMPLATES",
+    "WORDED",
+    "Side",
+    "Template",
+    "find_template",
+    "from_columns",
+    "read",
+]
 
 TEMPLATES: dict[str, Template] = {
     **TEXT_TEMPLATES,

@@ -158,7 +158,7 @@ class Template:
         """Meta data of the example."""
         return {name: row[name] for name in self.meta if name in row}
 
-    # The five readings of a row -----------------------------------------------------------------
+    # The six readings of a row -----------------------------------------------------------------
 
     def supervised(self, row: Mapping[str, Any], *, decode: bool = True) -> Example:
         """Prompt and its answer; a preference row gives its better response.
@@ -220,18 +220,8 @@ class Template:
           InvalidRow: no feedback in this row.
           DataError: missing column, or a format without language feedback.
         """
-        sides = self.critiqued or self.pair or ()
-        if not self.critiques or not all(side.text for side in sides):
-            raise DataError(f"{_where(row)}: this template has no language feedback.")
         examples = []
-        for i, (side, names) in enumerate(zip(sides, self.critiques, strict=True)):
-            critique = text_column(row, names, "language feedback").strip()
-            if self.refinements and has(row, self.refinements[i]):
-                refinement = text_column(row, self.refinements[i], "refinement")
-                critique = llf_prompts.join_feedback(critique, refinement, wording)
-            response = text_column(row, side.text, "response")
-            if not critique or not response.strip():
-                continue
+        for i, response, critique in self._feedback_texts(row, wording):
             media = _Media(row)
             parts = media.parts(self.media)
             turns = llf_prompts.critique(self.prompt_text(row), response, parts, wording)
@@ -243,9 +233,61 @@ class Template:
                 {**self.extra(row, None), "response_index": i},
             )
             examples.append(self._decoded(example, row, decode))
-        if not examples:
-            raise InvalidRow("no feedback", f"{_where(row)}: neither response has feedback.")
         return examples
+
+    def judgment(
+        self,
+        row: Mapping[str, Any],
+        *,
+        decode: bool = True,
+        wording: Mapping[str, str] | None = None,
+    ) -> list[Example]:
+        """Responses behind their judgments, log P(y | x, j): one example per response that has one.
+
+        The judgment is the critique of the language feedback. ``meta["negative"]`` is 1 where it
+        finds fault: of a labelled pair the worse response; without a label every response.
+        ``meta["plain"]`` is the conversation without the judgment.
+
+        Raises:
+          InvalidRow: no feedback in this row, or no valid label.
+          DataError: missing column, or a format without language feedback.
+        """
+        worse = self.order(row)[1] if self.label and not self.critiqued else None
+        examples = []
+        for i, response, feedback in self._feedback_texts(row, wording):
+            critique, refinement = llf_prompts.split_feedback(feedback, wording)
+            media = _Media(row)
+            plain = self.messages(row, media)
+            meta = {"negative": int(worse in (None, i)), "plain": plain, "response_index": i}
+            example = Example(
+                llf_prompts.judged(plain, critique or refinement, wording),
+                (response,),
+                tuple(media.items),
+                _where(row),
+                {**self.extra(row, None), **meta},
+            )
+            examples.append(self._decoded(example, row, decode))
+        return examples
+
+    def _feedback_texts(
+        self, row: Mapping[str, Any], wording: Mapping[str, str] | None
+    ) -> list[tuple[int, str, str]]:
+        """(number, response, its language feedback) of every response that has any."""
+        sides = self.critiqued or self.pair or ()
+        if not self.critiques or not all(side.text for side in sides):
+            raise DataError(f"{_where(row)}: this template has no language feedback.")
+        found = []
+        for i, (side, names) in enumerate(zip(sides, self.critiques, strict=True)):
+            critique = text_column(row, names, "language feedback").strip()
+            if self.refinements and has(row, self.refinements[i]):
+                refinement = text_column(row, self.refinements[i], "refinement")
+                critique = llf_prompts.join_feedback(critique, refinement, wording)
+            response = text_column(row, side.text, "response")
+            if critique and response.strip():
+                found.append((i, response, critique))
+        if not found:
+            raise InvalidRow("no feedback", f"{_where(row)}: neither response has feedback.")
+        return found
 
     # ---------------------------------------------------------------------------------------------
 
@@ -317,7 +359,8 @@ def _alone(pair: Example, number: int) -> Example:
 
 
 # The readings of a row by name, each giving a list of examples.
-TASKS = ("supervised", "preference", "prompt", "feedback", "unpaired")
+TASKS = ("supervised", "preference", "prompt", "feedback", "unpaired", "judgment")
+WORDED = ("feedback", "judgment")  # those whose prompts have a wording
 
 
 def read(template: Template, task: str, row: Mapping[str, Any], **kwargs) -> list[Example]:
