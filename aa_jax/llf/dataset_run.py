@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aa_jax import hosts
 from aa_jax.data.dataset import Dataset
 from aa_jax.data.example import Example
 from aa_jax.data.processor import Processor
@@ -131,14 +132,16 @@ def run(
             folder, lab(), base=base, arms=arms, judge=functools.partial(held_out, workdir),
             best="accuracy", **training,
         )  # fmt: skip
-        point_to_model(workdir, pipeline.cell_model(folder, "llf", figures["chosen"]["llf"]))
+        if hosts.index() == 0:
+            point_to_model(workdir, pipeline.cell_model(folder, "llf", figures["chosen"]["llf"]))
         return figures
 
     def report_stage(folder: Path) -> dict:
         from aa_jax.llf.dataset_report import write
 
         found = {name: summary(workdir, name) for name in ("feedback", "improve", "dpo")}
-        return write(workdir, found, decoded(asked()), wording)
+        alone = hosts.index() == 0
+        return hosts.first(write(workdir, found, decoded(asked()), wording) if alone else None)
 
     stages = [
         Stage("feedback", "feedback model: SFT on critiques", feedback_stage),

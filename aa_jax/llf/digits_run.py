@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from aa_jax import models
+from aa_jax import hosts, models
 from aa_jax.data import digits, sources, templates
 from aa_jax.data.digits import prompts as wording
 from aa_jax.errors import ConfigError
@@ -96,6 +96,7 @@ def run(
     """
     if unknown := [name for name in variants if name not in VARIANTS]:
         raise ConfigError(f"variants has {unknown}; there are {', '.join(VARIANTS)}.")
+    hosts.only_one("the digits experiment")
     workdir = Path(workdir)
     lab = Lab(
         workdir=workdir,

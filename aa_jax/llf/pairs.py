@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aa_jax import hosts
 from aa_jax.data.example import Example, Media
 from aa_jax.errors import DataError
 
@@ -55,6 +56,8 @@ def write_pairs(path: Path, pairs: Sequence[dict], prompts: Sequence[Example]) -
     Columns: `prompt`, `image` (bytes; absent for text-only prompts), `response`, `refinement`,
     `index` (of the prompt).
 
+    Called by all processes; one writes.
+
     Args:
       path: the file; replaced as a whole.
       pairs: from `form_pairs`.
@@ -63,6 +66,12 @@ def write_pairs(path: Path, pairs: Sequence[dict], prompts: Sequence[Example]) -
     Raises:
       DataError: a prompt has more turns, a system message, or media these columns cannot hold.
     """
+    if hosts.index() == 0:
+        _write(path, pairs, prompts)
+    hosts.barrier("pairs written")
+
+
+def _write(path: Path, pairs: Sequence[dict], prompts: Sequence[Example]) -> None:
     import datasets
     import pyarrow.parquet
 

@@ -8,7 +8,6 @@ as many pairs with binary labels. Every arm is trained over the same learning ra
 chosen on validation data.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from aa_jax.errors import ConfigError
 from aa_jax.llf.lab import Lab
 from aa_jax.llf.pairs import form_pairs, write_pairs
 from aa_jax.llf.prompts import critique_prompts, refine_prompts
-from aa_jax.llf.stages import write_json
+from aa_jax.llf.stages import read_json, write_json
 from aa_jax.models import adapt
 from aa_jax.runs import save
 
@@ -188,14 +187,14 @@ def train_arms(
         for lr in lrs:
             cell = folder / f"{arm}_lr{lr:g}"
             done = cell / "cell.json"
-            if not done.exists():
+            if read_json(done) is None:
                 figures = train_model(
                     cell, lab, "dpo", base=base, examples=examples,
                     optim={**optim, "lr": lr}, reference_cache=folder / f"{arm}_reference.npz",
                     **training,
                 )  # fmt: skip
                 write_json(done, {"arm": arm, "lr": lr, "steps": figures["steps"], **judge(cell)})
-            cells.append(json.loads(done.read_text()))
+            cells.append(read_json(done))
     chosen = {
         arm: max((c for c in cells if c["arm"] == arm), key=lambda c: c[best])["lr"] for arm in arms
     }

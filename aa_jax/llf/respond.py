@@ -4,6 +4,7 @@ Every prompt has its own seed, so a run that was interrupted continues with the 
 last complete line and ends with the same file as one that was not.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -14,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from aa_jax import hosts
 from aa_jax.data.collate import Shapes, collate, grow, plan_shapes
 from aa_jax.data.example import InvalidRow
 from aa_jax.data.tokens import Limits, encode_example
@@ -39,6 +41,9 @@ def respond(
 ) -> list[dict]:
     """Samples a response to each prompt.
 
+    In a job of several processes each samples its rows of every batch, all get all lines, and one
+    writes them.
+
     Args:
       path: JSONL file, one line per prompt: `index`, `text`, `tokens` (their number, with the end
         token), `logp` (their summed log-probability), `finished` (False: cut by the limit).
@@ -57,12 +62,14 @@ def respond(
       The lines of the file, in the order of `prompts`.
     """
     path = Path(path)
-    lines = read_lines(path)[: len(prompts)]
+    writes = hosts.index() == 0
+    lines = hosts.first(read_lines(path)[: len(prompts)] if writes else None)
     seeds = np.random.SeedSequence(seed).generate_state(max(len(prompts), 1), np.uint32)
     limits = Limits(max_prompt_length=prompt_length)
     path.parent.mkdir(parents=True, exist_ok=True)
     dropped, shapes = 0, None
-    with open(path, "a") as file, Progress(title, len(prompts), len(lines)) as progress:
+    file_ = open(path, "a") if writes else contextlib.nullcontext()
+    with file_ as file, Progress(title, len(prompts), len(lines)) as progress:
         while len(lines) < len(prompts):
             start = len(lines)
             stop = min(start + batch_rows, len(prompts))
@@ -81,12 +88,12 @@ def respond(
                 texts = _sample(encoded, [int(seeds[i]) for i in rows], params, sampler, processor,
                                 shapes, batch_rows, mesh)  # fmt: skip
             found = dict(zip(rows, texts, strict=True))
-            for index in range(start, stop):
-                line = {"index": index, **found.get(index, NOTHING)}
-                file.write(json.dumps(line) + "\n")
-                lines.append(line)
-            file.flush()
-            os.fsync(file.fileno())
+            new = [{"index": i, **found.get(i, NOTHING)} for i in range(start, stop)]
+            lines += new
+            if writes:
+                file.writelines(json.dumps(line) + "\n" for line in new)
+                file.flush()
+                os.fsync(file.fileno())
             progress.update(len(lines))
     if dropped:
         logger.warning(

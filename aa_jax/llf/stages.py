@@ -3,6 +3,9 @@
 A stage is a function of its own folder. It is finished when `done.json` stands there, written
 last and atomically; until then a second start of the same command calls it again and the stage
 continues from what it finds in its folder. Nothing finished is computed twice.
+
+In a job of several processes all of them run every stage, on one shared run directory; what process
+0 finds and writes there is what counts.
 """
 
 import dataclasses
@@ -12,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from aa_jax import hosts
 from aa_jax.errors import ConfigError
@@ -37,11 +41,9 @@ class Stage:
 
 
 def summary(workdir: str | os.PathLike, name: str) -> dict | None:
-    """The summary of a finished stage, or None if it has not finished."""
-    path = Path(workdir) / name / "done.json"
-    if not path.exists():
-        return None
-    return json.loads(path.read_text())["summary"]
+    """The summary of a finished stage, or None if it has not finished; called by all processes."""
+    found = read_json(Path(workdir) / name / "done.json")
+    return None if found is None else found["summary"]
 
 
 def seconds(workdir: str | os.PathLike, name: str) -> float:
@@ -65,7 +67,6 @@ def run_stages(
     Raises:
       ConfigError: `only` names no stage, or something a stage needs has not finished.
     """
-    hosts.only_one("a pipeline of stages")
     names = [stage.name for stage in stages]
     if only is not None and only not in names:
         raise ConfigError(f"there is no stage {only!r}. The stages, in order: {', '.join(names)}.")
@@ -94,11 +95,22 @@ def run_stages(
     return {name: value for name, value in finished.items() if value is not None}
 
 
+def read_json(path: Path) -> Any:
+    """What process 0 reads in the file, on every process; None if it is not there."""
+    mine = hosts.index() == 0 and path.exists()
+    return hosts.first(json.loads(path.read_text()) if mine else None)
+
+
 def write_json(path: Path, value: object) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Writes JSON so that a reader sees the old file or the new one, never half of it.
+
+    Called by all processes; one writes, and all go on when it has.
+    """
+    if hosts.index() == 0:
+        temporary = path.with_name(path.name + ".partial")
+        with open(temporary, "w") as file:
+            json.dump(value, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    hosts.barrier(f"{path.name} written")

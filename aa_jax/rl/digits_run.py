@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from aa_jax import models, recipes
+from aa_jax import hosts, models, recipes
 from aa_jax.data import digits, sources, templates
 from aa_jax.data.example import Example
 from aa_jax.errors import ConfigError, DataError
@@ -90,6 +90,7 @@ def run(
             raise ConfigError(f"algorithms.{arm}.reward must be learned or oracle.")
     if labels not in LABELS:
         raise ConfigError(f"labels is {labels!r}; it must be one of {', '.join(LABELS)}.")
+    hosts.only_one("the digits experiment")
     workdir = Path(workdir)
     lab = Lab(
         workdir=workdir, mesh=make_mesh(**(mesh or {})), seed=seed,

@@ -1,5 +1,6 @@
 """The real launcher in several processes: the run of one, in every number and file."""
 
+import json
 import os
 import subprocess
 import sys
@@ -112,6 +113,46 @@ def test_rl_in_two_processes(name, checkpoint, preferences, tmp_path):
             np.testing.assert_allclose(two[figure], one[figure], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_language_feedback_in_two_processes(checkpoint, preferences, tmp_path):
+    """Every file of the pipeline is that of one process, written once; killed or not, a second
+    start finds all stages finished."""
+    some = [
+        "--config", ROOT / "configs/ti2t/llava_llf.py", f"--config.model.path={checkpoint}",
+        f"--config.data.path={preferences}", "--config.model.dtype=float32",
+        "--config.model.param_dtype=float32", "--config.model.remat=none",
+        # Long enough that an untrained model ends some answers.
+        "--config.lengths.answer=96", "--config.lengths.feedback=16", "--config.prompts.size=24",
+        "--config.sampling.batch_rows=12", "--config.feedback.batch_rows=8",
+        "--config.feedback.epochs=1", "--config.feedback.optim.lr=1e-3",
+        "--config.dpo.batch_rows=4", "--config.dpo.epochs=1", "--config.dpo.lrs=(1e-3,)",
+    ]  # fmt: skip
+    two = [*some, "--config.mesh.fsdp=2", "--config.mesh.data=1"]
+    launch("launch/llf.py", tmp_path / "two", two)
+    launch("launch/llf.py", tmp_path / "one", some, processes=1)
+    for name in ("response", "critique", "refine"):
+        lines = [
+            [
+                json.loads(line)
+                for line in (folder / f"improve/{name}.jsonl").read_text().splitlines()
+            ]
+            for folder in (tmp_path / "two", tmp_path / "one")
+        ]
+        assert [line["text"] for line in lines[0]] == [line["text"] for line in lines[1]]
+        assert [line["index"] for line in lines[0]] == list(range(24))
+    done = [json.loads((tmp_path / x / "improve/done.json").read_text()) for x in ("two", "one")]
+    assert done[0]["summary"] == done[1]["summary"] and done[0]["summary"]["used"] > 0
+    stage = "dpo.llf_lr0.001"
+    both = [figures(tmp_path / x, stage) for x in ("two", "one")]
+    assert len(both[0]["loss"]) > 0
+    for name, values in both[1].items():
+        np.testing.assert_allclose(both[0][name], values, rtol=1e-4)
+    assert (tmp_path / "two/model/model.safetensors").is_file()
+    assert (tmp_path / "two/report.html").is_file()
+    again = launch("launch/llf.py", tmp_path / "two", two)
+    assert again.count("finished before") == 4
+
+
 def test_what_runs_in_one_process_says_so(tmp_path):
     command = [
         sys.executable, ROOT / "launch/local.py", "--processes", 2, "--", ROOT / "launch/llf.py",
@@ -122,5 +163,5 @@ def test_what_runs_in_one_process_says_so(tmp_path):
         env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 2
-    assert "a pipeline of stages runs in one process; this job has several" in done.stdout
+    assert "the digits experiment runs in one process; this job has several" in done.stdout
     assert "Traceback" not in done.stdout
