@@ -19,7 +19,7 @@ from aa_jax.models import adapt
 from aa_jax.training.optim import make_optimizer
 from aa_jax.training.state import frozen_paths, split
 
-CONFIG = runpy.run_path(str(Path(__file__).parents[1] / "tests/test_configs.py"))["LLAVA_7B"]
+CONFIG = runpy.run_path(str(Path(__file__).parents[1] / "tests/published.py"))["LLAVA_7B"]
 ROWS = {
     "everything but the tower trains": ({}, None, ("vision_tower/*",)),
     "adapters, rank 64": ({}, {"rank": 64}, ()),

@@ -132,7 +132,7 @@ def functional(
     def split(key: Array, variant: Variant) -> tuple[Any, Any]:
         rngs = nnx.Rngs(params=key)
         module = cls(config, rngs=rngs, **kwargs)
-        variant.apply(module, rngs)
+        variant.apply(module, rngs, names)
         # Naming nnx.Param alone raises if a module holds any other state.
         return nnx.split(module, nnx.Param)
 

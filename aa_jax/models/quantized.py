@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, Int8, UInt8
 
 from aa_jax.errors import ConfigError
 from aa_jax.models.layers import check_choice, matmul
+from aa_jax.models.names import Axes
+from aa_jax.sharding.rules import whole
 
 # QLoRA, appendix E.
 NF4 = (
@@ -129,23 +131,37 @@ def _nf4(codes: Array) -> Array:
     return values[0]
 
 
-@jax.custom_vjp
-def multiply(x: Float[Array, "*batch n_in"], codes: Codes, scales: Scales) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def multiply(
+    x: Float[Array, "*batch n_in"], codes: Codes, scales: Scales, axes: Axes = (None, None)
+) -> Array:
     """``x @ kernel`` [*batch, n_out] in x's type.
 
     The backward pass makes the kernel again: kept from the forward pass, the kernels of all layers
     would lie in memory in full width. Codes and scales have no gradient.
+
+    Args:
+        x: activations.
+        codes: of one layer.
+        scales: of one layer.
+        axes: logical axis names of the kernel. On a mesh the codes are gathered, not the kernel.
     """
-    return matmul(x, dequantize(codes, scales).astype(x.dtype))
+    return matmul(x, _kernel(codes, scales, axes).astype(x.dtype))
 
 
-def _forward(x: Any, codes: Any, scales: Any) -> tuple[Array, tuple[Any, Any]]:
-    return multiply(x, codes, scales), (codes, scales)
+def _kernel(codes: Any, scales: Any, axes: Axes) -> Kernel:
+    n_in, n_out = axes
+    scales = whole(scales, None if scales.shape[-2] == 1 else n_in, n_out)
+    return dequantize(whole(codes, n_in, n_out), scales)
 
 
-def _backward(kept: tuple[Any, Any], dy: Any) -> tuple[Array, Any, Any]:
+def _forward(x: Any, codes: Any, scales: Any, axes: Axes) -> tuple[Array, tuple[Any, Any]]:
+    return multiply(x, codes, scales, axes), (codes, scales)
+
+
+def _backward(axes: Axes, kept: tuple[Any, Any], dy: Any) -> tuple[Array, Any, Any]:
     codes, scales = kept
-    dx = matmul(dy, dequantize(codes, scales).astype(dy.dtype).T)
+    dx = matmul(dy, _kernel(codes, scales, axes).astype(dy.dtype).T)
     return dx, np.zeros(codes.shape, jax.dtypes.float0), jnp.zeros_like(scales)
 
 
@@ -155,12 +171,13 @@ multiply.defvjp(_forward, _backward)
 class QuantizedKernel(nnx.Module):
     """What takes the place of a `Linear`'s kernel."""
 
-    def __init__(self, kernel: Kernel, how: Quantization):
+    def __init__(self, kernel: Kernel, how: Quantization, axes: Axes):
         codes, scales = quantize(kernel, how)
         self.codes, self.scales = nnx.Param(codes), nnx.Param(scales)
+        self.axes = axes
 
     def __call__(self, x: Float[Array, "*batch n_in"]) -> Float[Array, "*batch n_out"]:
-        return multiply(x, self.codes[...], self.scales[...])
+        return multiply(x, self.codes[...], self.scales[...], self.axes)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -33,8 +33,8 @@ class Variant:
     quantization: Quantization = Quantization()
     quantized: tuple[str, ...] = ()
 
-    def apply(self, module: nnx.Module, rngs: nnx.Rngs) -> None:
-        """Changes the linear layers of a freshly built family."""
+    def apply(self, module: nnx.Module, rngs: nnx.Rngs, names: Names) -> None:
+        """Changes the linear layers of a freshly built family with this name map."""
         found = {
             "/".join(map(str, path)): layer
             for path, layer in nnx.iter_modules(module)
@@ -42,9 +42,10 @@ class Variant:
         }
         for path in self.lora.layers if self.lora else ():
             found[path].lora = nnx.data(Adapter(found[path].kernel.shape, self.lora, rngs))
+        kernels = linear_layers({rule.path: rule for rule in names.rules})
         for path in self.quantized:
-            kernel = found[path].kernel[...]
-            found[path].kernel = nnx.data(QuantizedKernel(kernel, self.quantization))
+            kernel, axes = found[path].kernel[...], kernels[path].axes
+            found[path].kernel = nnx.data(QuantizedKernel(kernel, self.quantization, axes))
 
     def without_adapters(self) -> "Variant":
         """The base under the adapters."""

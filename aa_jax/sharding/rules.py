@@ -115,6 +115,20 @@ def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Arra
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def whole(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Array:
+    """Gathers a parameter over the axis that only stores it, inside a jitted function.
+
+    What is computed from it afterwards is computed on every device: for codes of a few bits that
+    is less to send than the wide weights made of them.
+
+    Args:
+      x: The parameter.
+      *axes: One logical axis name (or None) per dimension.
+    """
+    kept = (None if axis is not None and rules[axis] == "fsdp" else axis for axis in axes)
+    return constrain(x, *kept, rules=rules)
+
+
 def path_name(path: Sequence[Any]) -> str:
     """A tree path as text: keys, attributes and indices joined by "/"."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")

@@ -12,6 +12,7 @@ from aa_jax.errors import ConfigError
 from aa_jax.models import adapt
 from aa_jax.models.names import flatten
 from aa_jax.models.quantized import NF4, Quantization, dequantize, multiply, quantize
+from aa_jax.plan.hlo import collectives
 from aa_jax.sharding import make_mesh, shardings
 
 # Dettmers et al., 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", appendix E.
@@ -175,6 +176,35 @@ def test_no_wide_kernel_waits_for_the_backward_pass():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(32) - temporary(16) < 4 * 2**20
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("nf4", 4.5), ("int8", 8.03)])
+def test_codes_are_gathered_and_not_what_is_made_of_them(kind, bits):
+    """Forward and backward pass over a kernel that lies in eight parts: its codes and scales are
+    sent, twice, where full width would be 32 bits. The result is that of one device."""
+    mesh, (n_in, n_out) = make_mesh(fsdp=4, tensor=2), (256, 512)
+    rng = np.random.default_rng(0)
+    kernel, x = rng.normal(size=(n_in, n_out)), rng.normal(size=(16, n_in))
+    parts = quantize(jnp.asarray(kernel, jnp.float32), Quantization(kind))
+    axes = ("embed", "mlp")
+    names = {"codes": axes, "scales": (None if kind == "int8" else "embed", "mlp"),
+             "x": ("batch", None)}  # fmt: skip
+    values = {"codes": parts[0], "scales": parts[1], "x": jnp.asarray(x, jnp.float32)}
+
+    def loss(values):
+        return (multiply(values["x"], values["codes"], values["scales"], axes) ** 2).sum()
+
+    def step(values):
+        return jax.value_and_grad(lambda x: loss({**values, "x": x}))(values["x"])
+
+    places = shardings(names, values, mesh)
+    with jax.sharding.set_mesh(mesh):
+        compiled = jax.jit(step, in_shardings=(places,)).lower(values).compile()
+        sharded = compiled(jax.device_put(values, places))
+    sent = collectives(compiled.as_text())["all-gather"].bytes
+    assert sent * 8 <= 2 * bits * n_in * n_out / 2 + 8 * x.nbytes  # over tensor=2 nothing is
+    np.testing.assert_allclose(sharded[0], step(values)[0], rtol=1e-5)
+    np.testing.assert_allclose(sharded[1], step(values)[1], rtol=1e-4, atol=1e-3)
 
 
 def test_wrong_options_name_the_key(world):
