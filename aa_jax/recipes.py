@@ -136,6 +136,7 @@ def train(
     eval_examples: Sequence | None = None,
     eval_every: int | None = None,
     profile: int | None = None,
+    keep_params: bool = True,
     config: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Trains a model by a recipe; called again with the same `workdir` it continues.
@@ -172,6 +173,8 @@ def train(
       eval_every: updates between evaluations; they also run at the end.
       profile: updates before a trace of the next ones is written, see
         `aa_jax.training.observe.Observer`.
+      keep_params: False: the caller does not need `params` again, and those that train are gone
+        when this returns. They are not kept beside the trained ones in memory.
       config: of the run, kept in the checkpoint.
 
     Returns:
@@ -243,7 +246,9 @@ def train(
         step=make_step(
             loss, tx, mesh=mesh, schedule=schedule, frozen=frozen, accumulation=accumulation
         ),
-        state=init_state(params, tx, mesh=mesh, shardings=places, frozen=frozen, seed=seed),
+        state=init_state(
+            params, tx, mesh=mesh, shardings=places, frozen=frozen, seed=seed, copy=keep_params
+        ),
         batches=iter(loader),
         total_steps=total,
         workdir=workdir,

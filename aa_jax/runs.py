@@ -174,7 +174,8 @@ def run(
     final, figures = recipes.train(
         recipe, model=built, params=params, processor=processor, examples=examples,
         eval_examples=held_out, workdir=workdir, mesh=devices, seed=seed, config=config,
-        optim=optim, objective=objective, **(train or {}),
+        optim=optim, objective=objective,
+        **{"keep_params": False, **(train or {})},
     )  # fmt: skip
     save(workdir, built, final, path, score_head=row.score_head)
     rows = read_metrics(workdir, stage="train")

@@ -183,7 +183,7 @@ def _on_policy(
     resident = {"reward model": _score_model(judge)}
     return _program(
         config, model, mesh, objective, params, axes, frozen,
-        accumulation or config.get("accumulation", 1), batch, resident,
+        accumulation or config.get("accumulation", 1), batch, resident, reference=True,
         lr_scales={"critic/*": (config.get("critic") or {}).get("lr_scale", 1.0)}
         if kind.critic else None,
     )  # fmt: skip
@@ -200,6 +200,7 @@ def _program(
     accumulation: int,
     batch: dict[str, Any],
     resident: Mapping[str, tuple[Any, Any]],
+    reference: bool = False,
     **optim: Any,
 ) -> Program:
     places = shardings(axes, params, mesh)
@@ -210,10 +211,10 @@ def _program(
         objective, tx, mesh=mesh, schedule=schedule, frozen=frozen, accumulation=accumulation
     )
     kept = {name: _placed(tree, names, mesh) for name, (tree, names) in resident.items()}
-    # What training starts from stays with the caller, and is the reference; of it, the frozen part
-    # is shared with the train state, and a critic starts from the same arrays.
-    trained = split(state["params"], frozen_paths(state["params"], frozen))[0]
-    kept["initial parameters"] = trained["policy"] if "policy" in trained else trained
+    if reference:
+        # Of it, the frozen part is shared with the train state, and a critic starts from it too.
+        trained = split(state["params"], frozen_paths(state["params"], frozen))[0]
+        kept["initial parameters"] = trained["policy"] if "policy" in trained else trained
     tokens = math.prod(batch["tokens"].shape)
     return Program(step, state, batch, kept, model, mesh, tokens)
 

@@ -85,10 +85,12 @@ def init_state(
     shardings: Any = None,
     frozen: Sequence[str] = (),
     seed: int = 0,
+    copy: bool = True,
 ) -> TrainState:
     """A state at step 0, every array placed on the mesh.
 
-    The trainable parameters are copied, so that `params` can go on serving as the reference.
+    The trainable parameters are copied, so that `params` can go on serving as the reference;
+    without the copy they are gone after the first step.
 
     Args:
       params: Nested dict of arrays (host or device).
@@ -97,11 +99,13 @@ def init_state(
       shardings: Sharding per parameter, from ``sharding.shardings``; default: replicated.
       frozen: Globs of parameters that do not train, the same as the step's.
       seed: Seed of ``state["rng"]``, the key objectives with randomness draw from.
+      copy: False saves the memory of a second set of trainable parameters.
     """
     shardings = replicated(params, mesh) if shardings is None else shardings
     placed = jax.tree.map(lambda p, place: jax.device_put(p, place), dict(params), shardings)
     trainable, held = split(placed, frozen_paths(params, frozen))
-    trainable = jax.tree.map(jnp.copy, trainable)
+    if copy:
+        trainable = jax.tree.map(jnp.copy, trainable)
     places, _ = split(shardings, frozen_paths(params, frozen))
     opt_places = optimizer_shardings(jax.eval_shape(tx.init, trainable), trainable, places)
     everywhere = NamedSharding(mesh, P())

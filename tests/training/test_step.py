@@ -316,3 +316,21 @@ def test_lowers_from_shapes_alone():
 def test_accumulation_must_be_positive(tiny):
     with pytest.raises(ConfigError, match="at least 1, got 0"):
         tiny.setup(accumulation=0)
+
+
+def test_without_a_copy_training_takes_the_callers_arrays():
+    """The default leaves them alone; a frozen part is shared either way."""
+    mesh, tx = one_device(), sgd(0.1)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def squared(params, batch):
+        error = batch["x"] @ (params["w"] + params["v"])
+        loss = Ratio(jnp.sum(error**2), jnp.float32(len(error)))
+        return loss.mean, {"loss": loss}
+
+    for copy in (True, False):
+        params = jax.device_put({"w": np.ones(3, np.float32), "v": np.ones(3, np.float32)}, place)
+        state = init_state(params, tx, mesh=mesh, frozen=("v",), copy=copy)
+        step = make_step(squared, tx, mesh=mesh, frozen=("v",))
+        state, _ = step(state, {"x": np.ones((2, 3), np.float32)})
+        assert params["w"].is_deleted() is not copy and not params["v"].is_deleted()
