@@ -4,7 +4,7 @@ A builder takes a `aa_jax.models.functional.Model` and the loss's options and re
 function for the step builder. Roles are further parameter trees, frozen during the step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -341,6 +341,57 @@ def cost(model: Model, *, sign_coef: float = 1.0, regularization: float = 0.0) -
             sign_coef=sign_coef,
             regularization=regularization,
         )
+
+    return objective
+
+
+# The dimensions that align-anything grades in text answers.
+GRADED = ("prompt_following", "objective_rules", "clarity", "information_richness", "safety")
+
+
+def graded(
+    model: Model, *, dimensions: Sequence[str] = GRADED, regularization: float = 0.0
+) -> Objective:
+    """Reward modelling from grades: one score per dimension explains the grade given there.
+
+    Parameters are a score model's whose head has a column per dimension, see
+    `heads.init_grade_head`. The batch holds one response per row and ``<dimension>_rate`` [B] for
+    each dimension, a grade from 0 or -1 for none.
+
+    Args:
+      model: the backbone.
+      dimensions: names, in the order of the head's columns.
+      regularization: weight of the mean squared score.
+
+    Returns:
+      ``objective(params, batch)``; see `aa_jax.losses.ordinal_loss` for the metrics, and
+      ``accuracy/<dimension>``.
+
+    Raises:
+      ConfigError: no dimension, or one twice.
+    """
+    if not dimensions or len(set(dimensions)) != len(dimensions):
+        raise ConfigError(f"graded: dimensions must be named once each, got {tuple(dimensions)}.")
+
+    def objective(params: Params, batch: Batch) -> losses.Loss:
+        scores = heads.grade_scores(model, params, batch)[:, 0]
+        grades = jnp.stack([jnp.asarray(batch[f"{name}_rate"]) for name in dimensions], axis=1)
+        mask = (grades >= 0) * jnp.asarray(batch["sequence_mask"])
+        thresholds = losses.ordered_thresholds(params["score_head"]["thresholds"])
+        most = thresholds.shape[-1]
+        grades = jnp.clip(grades, 0, most).astype(jnp.int32)
+        loss, metrics = losses.ordinal_loss(scores, grades, thresholds, mask)
+        for k, name in enumerate(dimensions):
+            one = losses.ordinal_loss(
+                *(x[:, k : k + 1] for x in (scores, grades)), thresholds[k : k + 1],
+                mask[:, k : k + 1],
+            )[1]  # fmt: skip
+            metrics[f"accuracy/{name}"] = one["accuracy"]
+        if regularization:
+            pull = losses.ratio(regularization * scores**2, mask)
+            metrics["loss"] = (metrics["loss"], pull)
+            loss = losses.total_loss(metrics["loss"])
+        return loss, metrics
 
     return objective
 

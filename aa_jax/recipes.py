@@ -1,8 +1,8 @@
 """A recipe: how examples become batches × which loss × which model roles.
 
 `train` is what a notebook, `launch/train.py` and every LLF stage call. It knows no algorithm: the
-recipe's row in `RECIPES` names the reading of a dataset row, the layout of a batch, and the
-objective.
+recipe's row in `RECIPES` (`aa_jax.recipe_table`) names the reading of a dataset row, the layout of
+a batch, and the objective.
 """
 
 import dataclasses
@@ -27,84 +27,17 @@ from aa_jax.data.mismatched import Mismatched
 from aa_jax.data.processor import Processor
 from aa_jax.data.tokens import Limits, Sizes
 from aa_jax.errors import CheckpointError, ConfigError
-from aa_jax.losses.unpaired import needs_kl
 from aa_jax.models import Model, heads
+from aa_jax.recipe_table import RECIPES, Recipe, find_recipe
 from aa_jax.sharding import batch_devices, put_batch, shardings, share
 from aa_jax.training.loop import fit
 from aa_jax.training.optim import make_optimizer
 from aa_jax.training.state import init_state
 from aa_jax.training.step import make_step
 
+__all__ = ["RECIPES", "Recipe", "find_recipe", "reference_logps", "train"]
+
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """One row of `RECIPES`.
-
-    Attributes:
-      task: how a dataset row is read, see `aa_jax.data.dataset.Dataset`.
-      layout: of the batch, see `aa_jax.data.collate`.
-      objective: `(model, **options) -> objective`.
-      reference: `options -> bool`, whether the loss compares with the log-probs of the initial
-        model.
-      twin: `options -> name`, under which the batch holds a twin of every example ("mismatched":
-        its prompt with the response of another, "plain": its response without the judgment in the
-        prompt), or None.
-      extras: columns of the examples' meta data that the loss reads.
-      score_head: the trained parameters are a score model, {"model", "score_head"}.
-    """
-
-    task: str
-    layout: str
-    objective: Callable[..., Callable]
-    reference: Callable[[Mapping[str, Any]], bool] = lambda options: False
-    twin: Callable[[Mapping[str, Any]], str | None] = lambda options: None
-    extras: tuple[str, ...] = ()
-    score_head: bool = False
-
-
-_PREFERENCE = Recipe(
-    "preference",
-    "preference",
-    objectives.preference,
-    reference=lambda options: losses.needs_reference(options.get("variant", "sigmoid")),
-)
-
-RECIPES: dict[str, Recipe] = {
-    "sft": Recipe("supervised", "supervised", objectives.sft),
-    "feedback": Recipe("feedback", "supervised", objectives.sft),
-    "preference": _PREFERENCE,
-    "dpo": _PREFERENCE,
-    "kto": Recipe(
-        "unpaired",
-        "supervised",
-        objectives.kto,
-        reference=lambda options: True,
-        twin=lambda options: "mismatched" if needs_kl(options.get("variant", "kto")) else None,
-        extras=("label",),
-    ),
-    "cut": Recipe(
-        "judgment",
-        "supervised",
-        objectives.cut,
-        twin=lambda options: "plain",
-        extras=("negative",),
-    ),
-    "reward": Recipe("preference", "preference", objectives.reward, score_head=True),
-    "cost": Recipe("preference", "preference", objectives.cost, extras=("signs",), score_head=True),
-}
-
-
-def find_recipe(name: str) -> Recipe:
-    """A recipe by name.
-
-    Raises:
-      ConfigError: there is none of that name; lists those there are.
-    """
-    if name not in RECIPES:
-        raise ConfigError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}.")
-    return RECIPES[name]
 
 
 def train(
@@ -196,14 +129,14 @@ def train(
     loss = row.objective(model, **options)
     layout = row.layout if share_prefix or row.layout != "preference" else "preference_rows"
     data = _encode(examples, processor, rule)
-    if row.task in ("unpaired", "judgment") and any(size.trained for size in data.sizes):
+    if row.task in ("unpaired", "judgment", "graded") and any(size.trained for size in data.sizes):
         raise ConfigError(
             f"the recipe {recipe!r} judges a response as a whole, but the data trains earlier "
             "turns too: set train_on='last' in the data's limits."
         )
     shapes, groups = data.shapes(layout), None
     if pack_length:
-        if layout != "supervised" or row.extras:
+        if layout != "supervised" or row.extras(options):
             raise ConfigError(
                 f"pack_length is for supervised recipes; {recipe!r} reads responses one by one."
             )
@@ -217,11 +150,11 @@ def train(
         edges = bucket_lengths(lengths, buckets)
     roles: dict[str, Any] = {}
     frozen = (*model.frozen, *frozen)
-    if row.score_head:
-        head = heads.init_score_head(model, jax.random.key(seed))
+    if row.head:
+        head = row.head(model, jax.random.key(seed), options)
         params = {"model": dict(params), "score_head": head}
         frozen = tuple(f"model/{glob}" for glob in frozen)
-        axes = heads.axes(model)
+        axes = heads.axes(model, head)
     else:
         axes = model.axes()
     places = shardings(axes, jax.eval_shape(lambda: params), mesh)
@@ -314,11 +247,12 @@ def _prepare(
     if twin is not None:
         data = Judged(data, processor) if twin == "plain" else Mismatched(data)
         twin_shapes = {twin: data.twin_shapes(layout)}
-    form = _form(shapes, layout, processor, row.extras, twin_shapes)
+    extras = row.extras(options)
+    form = _form(shapes, layout, processor, extras, twin_shapes)
     if row.reference(options):
         values = reference_logps(model, params, data, form, batch_rows, mesh, cache=cache)
         data = WithColumn(data, "ref_logps", values)
-        form = _form(shapes, layout, processor, (*row.extras, "ref_logps"), twin_shapes)
+        form = _form(shapes, layout, processor, (*extras, "ref_logps"), twin_shapes)
     return data, form
 
 

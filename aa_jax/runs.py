@@ -177,7 +177,7 @@ def run(
         optim=optim, objective=objective,
         **{"keep_params": False, **(train or {})},
     )  # fmt: skip
-    save(workdir, built, final, path, score_head=row.score_head)
+    save(workdir, built, final, path, score_head=row.head is not None)
     rows = read_metrics(workdir, stage="train")
     names = sorted({name for line in rows for name in line} - {"stage", "step", "time"})
     hidden = (

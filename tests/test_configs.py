@@ -118,12 +118,12 @@ def test_one_train_step_of_the_real_model_has_a_shape(path):
         )
         model = made[-1][0]
     frozen = [*model.frozen, *cfg["train"].get("frozen", ())]
-    if row.score_head:
-        width = jax.eval_shape(model.head, params).shape[1]
-        kernel = jax.ShapeDtypeStruct((width, 1), jnp.float32)
-        params = {"model": params, "score_head": {"kernel": kernel}}
+    options = cfg.get("objective", {})
+    if row.head:
+        head = jax.eval_shape(lambda: row.head(model, jax.random.key(0), options))
+        params = {"model": params, "score_head": head}
         frozen = [f"model/{glob}" for glob in frozen]
-        assert jax.tree.structure(heads.axes(model), is_leaf=lambda x: isinstance(x, tuple))
+        assert jax.tree.structure(heads.axes(model, head), is_leaf=lambda x: isinstance(x, tuple))
     objective = row.objective(model, **cfg.get("objective", {}))
     tx, _ = make_optimizer(total_steps=100, **cfg["optim"])
     sequences = 2 if row.layout == "preference" else 1
@@ -138,8 +138,10 @@ def test_one_train_step_of_the_real_model_has_a_shape(path):
         return merge(optax.apply_updates(trainable, updates), held), metrics
 
     rows = batch(folder, 2, 1024, sequences, 128)
-    if twin := row.twin(cfg.get("objective", {})):
+    if twin := row.twin(options):
         rows[twin] = dict(rows)
+    for name in row.extras(options):
+        rows.setdefault(name, jax.ShapeDtypeStruct((2,), jnp.float32))
     after, metrics = jax.eval_shape(step, params, rows)
     assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, params)
     assert all(leaf.shape == () for leaf in jax.tree.leaves(metrics["loss"]))

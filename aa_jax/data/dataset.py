@@ -27,7 +27,8 @@ class Dataset(Sequence):
     Args:
       source: rows, see ``aa_jax.data.sources``.
       template: name or Template.
-      task: ``supervised``, ``preference``, ``prompt``, ``feedback``, ``unpaired`` or ``judgment``.
+      task: ``supervised``, ``preference``, ``prompt``, ``feedback``, ``unpaired``, ``judgment``
+        or ``graded``.
       columns: your own column names instead of a template.
       processor: with it the items are ``Encoded``, without it ``Example``.
       limits: lengths; too long examples are dropped and counted.

@@ -19,7 +19,7 @@ from aa_jax.losses.diffusion import diffusion_preference_loss, diffusion_sft_los
 from aa_jax.losses.groups import group_advantages, leave_one_out, reinforce_plus_plus
 from aa_jax.losses.judgments import cut_loss, d2o_loss
 from aa_jax.losses.logps import TokenLogps, response_logps, sequence_logps
-from aa_jax.losses.ordinal import ordinal_loss
+from aa_jax.losses.ordinal import ordered_thresholds, ordinal_loss
 from aa_jax.losses.policy import POLICY_LOSSES, policy_loss, value_loss
 from aa_jax.losses.preference import (
     PREFERENCE_LOSSES,
@@ -57,6 +57,7 @@ __all__ = [
     "leave_one_out",
     "mix",
     "needs_reference",
+    "ordered_thresholds",
     "ordinal_loss",
     "pair_up",
     "policy_loss",

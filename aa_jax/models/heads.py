@@ -1,10 +1,12 @@
 """A scalar head on a backbone: reward models score sequences, critics value tokens.
 
-A score model's parameters are {"model": the backbone's, "score_head": {"kernel": [D, 1]}}.
+A score model's parameters are {"model": the backbone's, "score_head": {"kernel": [D, 1]}}. One that
+grades several dimensions has a column of the kernel for each, and the thresholds between grades:
+{"kernel": [D, K], "thresholds": [K, C]}.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,30 @@ def init_score_head(model: Model, key: PRNGKeyArray) -> Params:
     return {"kernel": jax.random.normal(key, (dim, 1), jnp.float32) * (dim + 1) ** -0.5}
 
 
-def axes(model: Model) -> Params:
-    """Logical axes of a score model's parameters."""
-    return {"model": model.axes(), "score_head": {"kernel": ("embed", None)}}
+def init_grade_head(model: Model, key: PRNGKeyArray, kinds: int, grades: int = 4) -> Params:
+    """A fresh head that grades ``kinds`` dimensions, fp32.
+
+    {"kernel": [D, kinds], "thresholds": [kinds, grades - 1]}. The kernel is drawn like a score
+    head's. The thresholds, as `aa_jax.losses.ordered_thresholds` reads them, start evenly spaced by
+    1 and centred at 0.
+    """
+    dim = jax.eval_shape(model.head, model.abstract()).shape[1]
+    steps = grades - 1
+    # softplus(log(e - 1)) = 1
+    raw = jnp.full((kinds, steps), np.log(np.e - 1)).at[:, 0].set(-(steps - 1) / 2)
+    kernel = jax.random.normal(key, (dim, kinds), jnp.float32) * (dim + 1) ** -0.5
+    return {"kernel": kernel, "thresholds": raw.astype(jnp.float32)}
+
+
+def axes(model: Model, head: Collection[str] = ("kernel",)) -> Params:
+    """Logical axes of a score model's parameters.
+
+    Args:
+        model: the backbone.
+        head: names of the head's arrays.
+    """
+    known = {"kernel": ("embed", None), "thresholds": (None, None)}
+    return {"model": model.axes(), "score_head": {name: known[name] for name in head}}
 
 
 def at_positions(
@@ -58,6 +81,16 @@ def score(
     """One score per sequence, read at its last real token (batch["last_positions"])."""
     hidden = model.hidden_states(params["model"], batch, features)
     return scalars(params["score_head"], at_positions(hidden, jnp.asarray(batch["last_positions"])))
+
+
+def grade_scores(
+    model: Model, params: Params, batch: Batch, features: Float[Array, "B F D"] | None = None
+) -> Float[Array, "B S K"]:
+    """One score per sequence and graded dimension, read where `score` reads."""
+    hidden = model.hidden_states(params["model"], batch, features)
+    last = at_positions(hidden, jnp.asarray(batch["last_positions"]))
+    kernel = params["score_head"]["kernel"].astype(jnp.float32)
+    return jnp.einsum("bsd,dk->bsk", last.astype(jnp.float32), kernel)
 
 
 def values(
@@ -83,7 +116,8 @@ def save(
     """Writes a score model: the backbone as `aa_jax.models.save` writes it, the head beside it.
 
     transformers loads the folder as the backbone. The head keeps its own type, whatever ``dtype``
-    the backbone is stored in.
+    the backbone is stored in. One that grades is also stored as a score head, the mean of its
+    columns, so that `load` gives a reward model: the mean score over the dimensions.
 
     Raises:
         CheckpointError: see `aa_jax.models.save`.
@@ -105,11 +139,15 @@ def save(
 
 def writer(params: Params) -> Callable[[Path], None]:
     """``write(folder)``, which puts a score model's head into a folder."""
-    kernel = to_host(params["score_head"]["kernel"])
+    head = {name: to_host(array) for name, array in params["score_head"].items()}
+    tensors = {HEAD_TENSOR: head["kernel"]}
+    if "thresholds" in head:
+        tensors = {HEAD_TENSOR: head["kernel"].mean(axis=1, keepdims=True)}
+        tensors |= {f"grade_head.{name}": array for name, array in head.items()}
 
     def write(folder: Path) -> None:
-        spec = {HEAD_TENSOR: (kernel.dtype, kernel.shape)}
-        safetensors.write(folder / HEAD_FILE, spec, [(HEAD_TENSOR, kernel)])
+        spec = {name: (array.dtype, array.shape) for name, array in tensors.items()}
+        safetensors.write(folder / HEAD_FILE, spec, list(tensors.items()))
 
     return write
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -125,19 +125,23 @@ def _supervised(
     objective = row.objective(model, **(config.get("objective") or {}))
     params, axes = model.abstract(), model.axes()
     frozen = [*model.frozen, *(train.get("frozen") or ())]
-    if row.score_head:
-        params, axes = _score_model(model)
+    options = config.get("objective") or {}
+    if row.head:
+        params, axes = _score_model(model, lambda: row.head(model, jax.random.key(0), options))
         frozen = [f"model/{glob}" for glob in frozen]
     limits = config["data"].get("limits") or {}
     length = layout.length or limits.get("max_length") or 2048
     response = layout.response or length // 4
     rows = rows or train.get("batch_rows", 8)
     batch = abstract_batch(model, row.layout, rows, length, response, layout)
-    for name in row.extras:
-        batch[name] = jax.ShapeDtypeStruct((rows, 1), jnp.float32)
-    if row.reference(config.get("objective") or {}):
-        sequences = batch["sequence_mask"].shape
+    sequences = batch["sequence_mask"].shape
+    if row.reference(options):
         batch["ref_logps"] = jax.ShapeDtypeStruct(sequences, jnp.float32)
+    if twin := row.twin(options):
+        batch[twin] = dict(batch)
+    for name in row.extras(options):
+        shape = (rows,) if row.layout == "supervised" else sequences
+        batch[name] = jax.ShapeDtypeStruct(shape, jnp.float32)
     return _program(
         config, model, mesh, objective, params, axes, frozen,
         accumulation or train.get("accumulation", 1), batch, {},
@@ -219,10 +223,10 @@ def _program(
     return Program(step, state, batch, kept, model, mesh, tokens)
 
 
-def _score_model(model: Model) -> tuple[Any, Any]:
+def _score_model(model: Model, init: Callable[[], Any] | None = None) -> tuple[Any, Any]:
     """(abstract parameters, axes) of a score model on this backbone."""
-    head = jax.eval_shape(lambda: heads.init_score_head(model, jax.random.key(0)))
-    return {"model": model.abstract(), "score_head": head}, heads.axes(model)
+    head = jax.eval_shape(init or (lambda: heads.init_score_head(model, jax.random.key(0))))
+    return {"model": model.abstract(), "score_head": head}, heads.axes(model, head)
 
 
 def _placed(tree: Any, axes: Any, mesh: Mesh) -> Any:

@@ -29,20 +29,20 @@ LOSSES = (
     [("sft", None), ("feedback", None), ("reward", None)]
     + [("preference", name) for name in PREFERENCE_LOSSES]
     + [("kto", name) for name in UNPAIRED_LOSSES]
-    + [("cut", None)]
+    + [("cut", None), ("graded", None)]
 )
 CELLS = [
     (subtask, recipe, variant)
     for subtask in TEMPLATES
     for recipe, variant in LOSSES
-    if recipe not in ("feedback", "cut") or subtask in SPOKEN
+    if recipe not in ("feedback", "cut", "graded") or subtask in SPOKEN
 ]
 QUICK = [
     ("T2T", "sft", None), ("TI2T", "feedback", None), ("TA2T", "reward", None),
     ("TV2T", "preference", "sigmoid"), ("T2I", "kto", "kto"), ("TI2TI", "preference", "simpo"),
 ]  # fmt: skip
 ROWS = 16
-TWO_OF_A_ROW = ("feedback", "kto", "cut")  # both responses, one by one
+TWO_OF_A_ROW = ("feedback", "kto", "cut", "graded")  # both responses, one by one
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -158,7 +159,7 @@ class Template:
         """Meta data of the example."""
         return {name: row[name] for name in self.meta if name in row}
 
-    # The six readings of a row -----------------------------------------------------------------
+    # The readings of a row -----------------------------------------------------------------
 
     def supervised(self, row: Mapping[str, Any], *, decode: bool = True) -> Example:
         """Prompt and its answer; a preference row gives its better response.
@@ -203,6 +204,36 @@ class Template:
             _alone(pair, number).replace(meta={**pair.meta, "label": label})
             for number, label in ((0, 1), (1, 0))
         ]
+
+    def graded(self, row: Mapping[str, Any], *, decode: bool = True) -> list[Example]:
+        """Responses with their grades on each dimension: one example per graded response.
+
+        The grades are the columns ``<dimension>_rate_1`` and ``_2`` of the first and the second
+        response; ``meta["<dimension>_rate"]`` has a response's own, -1 where it has none.
+
+        Raises:
+          InvalidRow: an empty response, no grades, or one that is not a number from 0.
+          DataError: missing column, or a format without two responses.
+        """
+        if self.pair is None:
+            raise DataError(f"{_where(row)}: this template has no two responses to be graded.")
+        names = sorted({m[1] for name in row if (m := _RATE.fullmatch(str(name)))})
+        if not names:
+            present = ", ".join(map(repr, row))
+            raise DataError(
+                f"{_where(row)}: no column <dimension>_rate_1, such as 'clarity_rate_1', holds "
+                f"grades; the columns are {present}."
+            )
+        examples = []
+        for i, side in enumerate(self.pair):
+            grades = {f"{name}_rate": _grade(row, f"{name}_rate_{i + 1}") for name in names}
+            if max(grades.values()) >= 0:
+                example = self._example(row, [side], None, decode)
+                meta = {**example.meta, **grades, "response_index": i}
+                examples.append(example.replace(meta=meta))
+        if not examples:
+            raise InvalidRow("no grades", f"{_where(row)}: neither response has a grade.")
+        return examples
 
     def feedback(
         self,
@@ -358,8 +389,29 @@ def _alone(pair: Example, number: int) -> Example:
     )
 
 
+_RATE = re.compile(r"(.+)_rate_[12]")
+
+
+def _grade(row: Mapping[str, Any], name: str) -> int:
+    """A grade, or -1 where the column is absent or empty."""
+    value = row.get(name)
+    if value is None or value == "":
+        return -1
+    try:
+        number = -2.0 if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = -2.0
+    if math.isnan(number):
+        return -1
+    if number < 0 or number != int(number):
+        raise InvalidRow(
+            "invalid grade", f"{_where(row)}: {name} is {value!r}; a grade is 0, 1, 2, 3 or empty."
+        )
+    return int(number)
+
+
 # The readings of a row by name, each giving a list of examples.
-TASKS = ("supervised", "preference", "prompt", "feedback", "unpaired", "judgment")
+TASKS = ("supervised", "preference", "prompt", "feedback", "unpaired", "judgment", "graded")
 WORDED = ("feedback", "judgment")  # those whose prompts have a wording
 
 
