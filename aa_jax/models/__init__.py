@@ -47,6 +47,7 @@ class Family:
 # config.json's `architectures` entry -> family. A new family is a folder and a line here.
 ARCHITECTURES: dict[str, Family] = {
     "LlamaForCausalLM": Family("llama", _llama.LlamaConfig, _llama.Llama, _decoder_names),
+    "MistralForCausalLM": Family("mistral", _llama.MistralConfig, _llama.Llama, _decoder_names),
     "Qwen2ForCausalLM": Family("qwen2", _qwen.Qwen2Config, _qwen.Qwen, _decoder_names),
     "Qwen3ForCausalLM": Family("qwen3", _qwen.Qwen3Config, _qwen.Qwen, _decoder_names),
     "LlavaForConditionalGeneration": Family(
@@ -73,6 +74,7 @@ ARCHITECTURES: dict[str, Family] = {
 }
 _MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "llava": "LlavaForConditionalGeneration",

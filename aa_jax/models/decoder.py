@@ -46,6 +46,7 @@ class DecoderConfig:
             "layer" (scale and bias of each head; Chameleon).
         post_norm: the norms follow attention and MLP, inside the residual branch (Swin
             Transformer V2, Liu et al., 2022, section 3.2), instead of preceding them.
+        window: tokens a query sees, itself included, of every layer; None: all before it.
     """
 
     vocab_size: int
@@ -65,6 +66,7 @@ class DecoderConfig:
     initializer_range: float = 0.02
     qk_norm: str = "none"
     post_norm: bool = False
+    window: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +149,7 @@ class Block(nnx.Module):
             out_std=config.initializer_range,
             qk_norm=config.qk_norm,
             norm_eps=config.norm_eps,
+            window=config.window,
             **kwargs,
         )
         self.mlp_norm = RMSNorm(config.hidden_size, **norm)

@@ -19,13 +19,13 @@ ORDER = AnyresProcessor.from_dict(
 )
 
 
-def config(world, text=None, mistral=False, **changes):
+def config(world, text=None, mistral=False, window=None, **changes):
     """A tiny checkpoint config."""
     named = "LlavaNextForConditionalGeneration"
     world.CLASSES[named] = (transformers.LlavaNextConfig, getattr(transformers, named))
     made = world.llava_config(text=text)
     if mistral:
-        made["text_config"] |= {"model_type": "mistral", "sliding_window": None}
+        made["text_config"] |= {"model_type": "mistral", "sliding_window": window}
     return {
         **made,
         "architectures": [named],

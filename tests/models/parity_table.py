@@ -78,6 +78,7 @@ def qwen_vl(generation):
 
 FAMILIES = {
     "Llama": lambda: text(world.llama_config(max_position_embeddings=128)),
+    "Mistral, window of 4": lambda: text(world.mistral_config(max_position_embeddings=128)),
     "Qwen2, Qwen2.5": lambda: text(world.qwen2_config(max_position_embeddings=128)),
     "Qwen3": lambda: text(world.qwen3_config(max_position_embeddings=128)),
     "LLaVA-1.5": llava,

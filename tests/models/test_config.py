@@ -87,11 +87,11 @@ def test_refusals(changes, message, world):
 
 
 def test_sub_configs_of_another_family(world):
-    config = world.llava_config(text=dict(model_type="mistral"))
+    config = world.llava_config(text=dict(model_type="gemma"))
     config["vision_config"] = "clip"
     with pytest.raises(ModelError) as error:
         models.build(config)
-    assert "text_config is of model_type 'mistral'; handled: llama" in str(error.value)
+    assert "text_config is of model_type 'gemma'; handled: llama, mistral" in str(error.value)
     assert "vision_config is 'clip'; it must be an object" in str(error.value)
 
 

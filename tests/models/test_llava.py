@@ -24,6 +24,10 @@ CASES = {
         ),
         [1, 1],
     ),
+    "Mistral, a window of six tokens": (
+        dict(text=dict(model_type="mistral", sliding_window=6)),
+        [2, 1],
+    ),
     "first layer's input, uneven image, gelu tower": (
         dict(vision_feature_layer=[0], vision=dict(image_size=10, hidden_act="gelu")),
         [1, 2],
@@ -31,7 +35,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(name, marks=pytest.mark.slow) if "window" in name else name for name in CASES],
+)
 def test_logits_and_gradients(case, world, tmp_path):
     changes, images = CASES[case]
     config = world.llava_config(**changes)

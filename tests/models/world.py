@@ -30,6 +30,7 @@ PAD = 0
 
 CLASSES = {
     "LlamaForCausalLM": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "MistralForCausalLM": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "Qwen2ForCausalLM": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "Qwen3ForCausalLM": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "Qwen2VLForConditionalGeneration": (
@@ -60,6 +61,11 @@ def llama_config(**changes):
         "max_position_embeddings": 64,
         **changes,
     }
+
+
+def mistral_config(**changes):
+    named = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4}
+    return llama_config(**{**named, **changes})
 
 
 def qwen2_config(**changes):

@@ -29,16 +29,17 @@ def load(path):
     return module
 
 
-def patches(folder):
-    """A Qwen2.5-VL; prompts with two pictures, a film, and text alone."""
+def patches(folder, generation="qwen2_5_vl"):
+    """A Qwen2-VL or 2.5; prompts with two pictures, a film, and text alone."""
     tests = load(TESTS / "models/test_qwen2_vl_training.py")
     vl, builders = load(TESTS / "models/vl_world.py"), load(TESTS / "data/conftest.py")
-    _, ids = builders.save_qwen_vl(folder, tokens_per_second=2)
+    newer = generation == "qwen2_5_vl"
+    _, ids = builders.save_qwen_vl(folder, tokens_per_second=2 if newer else None)
     processor = Processor.from_pretrained(folder)
     config = vl.config(
-        load(TESTS / "models/world.py"), "qwen2_5_vl",
+        load(TESTS / "models/world.py"), generation,
         text=dict(vocab_size=processor.vocab_size, max_position_embeddings=256),
-        vision=dict(patch_size=4, window_size=16, depth=2),
+        vision=dict(patch_size=4, depth=2, **({"window_size": 16} if newer else {})),
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
     )  # fmt: skip
     model = models.build(config)
@@ -61,7 +62,16 @@ def clips(folder):
     return model, params, Processor.from_pretrained(path), tests.examples(("three", "one two"))
 
 
-@pytest.fixture(scope="module", params=[patches, clips], ids=["patches", "clips"])
+def older_patches(folder):
+    """A Qwen2-VL of the first generation."""
+    return patches(folder, "qwen2_vl")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[patches, pytest.param(older_patches, marks=pytest.mark.slow), clips],
+    ids=["patches", "older patches", "clips"],
+)
 def media(request, tmp_path_factory):
     return request.param(tmp_path_factory.mktemp(request.param.__name__) / "c")
 
@@ -91,7 +101,7 @@ def test_sampler_and_trainer_agree(media, mesh):
     for b, pair in enumerate(pairs):
         for s, sample in enumerate(pair):
             got = logps[b, s, : len(sample.logps)]
-            np.testing.assert_allclose(got, sample.logps, atol=2e-4)
+            np.testing.assert_allclose(got, sample.logps, atol=1e-5)
 
 
 def test_answers_do_not_depend_on_the_batch(media, mesh, tmp_path):
@@ -112,7 +122,7 @@ def test_answers_do_not_depend_on_the_batch(media, mesh, tmp_path):
     }  # fmt: skip
     for one, other in zip(*lines.values(), strict=True):
         assert one["text"] == other["text"] and one["tokens"] == other["tokens"] > 0
-        assert one["logp"] == pytest.approx(other["logp"], abs=1e-3)
+        assert one["logp"] == pytest.approx(other["logp"], abs=1e-4)
     assert len(json.loads((tmp_path / "1.jsonl").read_text().splitlines()[0])) == 5
 
 
@@ -134,7 +144,7 @@ def test_a_learned_reward_reads_them(media, mesh, tmp_path):
         batch = collate([item], plan_shapes([item], "supervised"), "supervised")
         alone.append(float(heads.score(model, tree, batch)[0, 0]))
     assert np.ptp(alone) > 1e-3
-    np.testing.assert_allclose(got, alone, atol=2e-4 * np.abs(alone).max())
+    np.testing.assert_allclose(got, alone, atol=1e-5 * np.abs(alone).max())
 
 
 def test_shapes_only_grow():

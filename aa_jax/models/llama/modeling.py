@@ -1,4 +1,4 @@
-"""Llama (Touvron et al., 2023) and its relatives with the same layer, e.g. Vicuna."""
+"""Llama (Touvron et al., 2023) and its relatives with the same layer: Vicuna, Mistral."""
 
 import dataclasses
 
@@ -39,15 +39,14 @@ class LlamaConfig(DecoderConfig):
 
 @dataclasses.dataclass(frozen=True)
 class MistralConfig(LlamaConfig):
-    """A Mistral (Jiang et al., 2023) whose layers see everything before them, as from v0.2 on."""
+    """What of a Mistral config.json (Jiang et al., 2023) decides the model."""
 
     @classmethod
     def read(cls, reader: Reader) -> "MistralConfig":
         """Takes the attributes out of ``reader``, which collects the problems."""
-        config = cls(**read_sizes(reader, MISTRAL))
-        # Silence means a window of 4096 tokens to transformers; null means none.
-        window = reader.raw.get("sliding_window", 4096)
-        if reader.get("sliding_window", window) is not None:
-            reader.problem("sliding_window", f"is {window!r}; only null, no window, is handled")
+        sizes = read_sizes(reader, MISTRAL)
+        # Silence means a window of 4096 tokens to transformers; null, as from v0.2 on, means none.
+        none = reader.raw.get("sliding_window", 4096) is None
+        window = reader.size("sliding_window", 4096)
         reader.finish()
-        return config
+        return cls(**sizes, window=None if none else window)

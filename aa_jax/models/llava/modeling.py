@@ -1,4 +1,4 @@
-"""LLaVA 1.5 (Liu et al., 2023): a CLIP tower, a two-layer projector and a Llama decoder."""
+"""LLaVA 1.5 (Liu et al., 2023): a CLIP tower, a two-layer projector and a decoder."""
 
 import dataclasses
 from typing import Any
@@ -10,10 +10,12 @@ from jaxtyping import Array, Float
 from aa_jax.models.clip.modeling import ClipVision, ClipVisionConfig
 from aa_jax.models.config import Reader
 from aa_jax.models.layers import ACTIVATIONS, Linear
-from aa_jax.models.llama.modeling import Llama, LlamaConfig
+from aa_jax.models.llama.modeling import Llama, LlamaConfig, MistralConfig
 from aa_jax.models.multimodal import Multimodal
 
 VISION = ("clip_vision_model",)
+# Decoders by model_type; the first is what an absent model_type means.
+TEXTS: dict[str, type[LlamaConfig]] = {"llama": LlamaConfig, "mistral": MistralConfig}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ class LlavaConfig:
     @classmethod
     def read(cls, reader: Reader) -> "LlavaConfig":
         """Takes the attributes out of ``reader``, which collects the problems."""
-        config = cls(**read_parts(reader, {"llama": LlamaConfig}))
+        config = cls(**read_parts(reader, TEXTS))
         reader.finish(inert=INERT)
         return config
 

@@ -15,8 +15,7 @@ from jaxtyping import Array, Float
 
 from aa_jax.models.config import Reader
 from aa_jax.models.layers import normal
-from aa_jax.models.llama.modeling import LlamaConfig, MistralConfig
-from aa_jax.models.llava.modeling import INERT, Llava, LlavaConfig, read_parts
+from aa_jax.models.llava.modeling import INERT, TEXTS, Llava, LlavaConfig, read_parts
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
@@ -39,7 +38,7 @@ class LlavaNextConfig(LlavaConfig):
     @classmethod
     def read(cls, reader: Reader) -> "LlavaNextConfig":
         """Takes the attributes out of ``reader``, which collects the problems."""
-        parts = read_parts(reader, {"llama": LlamaConfig, "mistral": MistralConfig})
+        parts = read_parts(reader, TEXTS)
         if parts["keep_class_token"]:
             reader.problem(
                 "vision_feature_select_strategy",
