@@ -13,6 +13,7 @@ import numpy as np
 
 from aa_jax import hosts
 from aa_jax.errors import ConfigError
+from aa_jax.models import caches
 from aa_jax.sampling.choose import Choice
 from aa_jax.sampling.constraints import Constraint
 
@@ -85,10 +86,11 @@ def make_sampler(
 
     def sample(params, batch, seeds):
         rows, prompt_length = batch["tokens"].shape
-        head = model.head(params)
+        head, decode = model.head(params), model.decoder(params)
         keys = jax.vmap(jax.random.key)(seeds)
         features = model.encode_media(params, batch["media"]) if "media" in batch else None
         hidden, cache = model.prefill(params, batch, prompt_length + max_new_tokens, features)
+        cache = caches.for_loop(cache)
         last = batch["last_positions"][:, :1, None]
         logits = jnp.take_along_axis(hidden, last, axis=1)[:, 0] @ head.T
         state = None
@@ -107,7 +109,7 @@ def make_sampler(
 
         def advance(carry):
             step, done, token, tokens, logps, mask, cache, state = carry
-            hidden, cache = model.decode(params, token, cache)
+            hidden, cache = decode(token, cache)
             token, logp = pick(hidden @ head.T, keys, step, state)
             state = None if constraint is None else constraint.advance(state, token)
             token = jnp.where(done, pad_id, token)

@@ -22,13 +22,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from aa_jax.errors import ConfigError
+from aa_jax.models import caches
 from aa_jax.sampling.choose import Choice
 from aa_jax.sampling.constraints import Constraint
 from aa_jax.sharding.batches import put_batch
 from aa_jax.sharding.mesh import BATCH_AXES, batch_devices
 
 State = dict[str, Any]
-_CACHES = ("prompt_k", "prompt_v", "k", "v")  # their rows are on the second axis
+_CACHES = ("prompt_k", "prompt_v", "k", "v")  # a layer of them is [rows, K, S, Dh]
 _INPUTS = ("tokens", "positions", "intervals", "last_positions", "feature_index", "media")
 
 
@@ -80,6 +81,11 @@ class Stop:
         if not holds(len(tokens)):
             return None
         return bisect.bisect_left(range(1, len(tokens) + 1), True, key=holds) + 1
+
+
+def _row_axis(name: str, array: Any) -> int:
+    """Where an entry of the state has its slots or lanes."""
+    return array.ndim - 4 if name in _CACHES else 0
 
 
 def _to_host(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -204,8 +210,8 @@ class SlotSampler:
         shapes = jax.eval_shape(self._new_state, params, inputs)
         self._state_places = {
             name: jax.tree.map(
-                lambda _, n=name: NamedSharding(
-                    self.mesh, P(None, BATCH_AXES) if n in _CACHES else P(BATCH_AXES)
+                lambda x, n=name: NamedSharding(
+                    self.mesh, P(*[None] * _row_axis(n, x), BATCH_AXES)
                 ),
                 leaf,
             )
@@ -280,24 +286,28 @@ class SlotSampler:
         hidden, cache, start = self._read_prompts(params, inputs)
         lanes = self.slots * self.lanes
 
-        def rows(x: Any, count: int, axis: int = 0) -> Any:
-            shape = [*x.shape]
-            shape[axis] = count
-            return jnp.zeros(shape, x.dtype)
+        def rows(x: Any, count: int) -> Any:
+            return jnp.zeros((count, *x.shape[1:]), x.dtype)
 
-        keys = rows(cache["k"], lanes, 1)
-        keys = jnp.zeros((*keys.shape[:3], self.room, keys.shape[4]), keys.dtype)
+        def keys(count: int, room: int) -> Any:
+            return jax.tree.map(
+                lambda x: jnp.zeros(
+                    (*x.shape[:-4], count, x.shape[-3], room, x.shape[-1]), x.dtype
+                ),
+                cache["k"],
+            )
+
+        width = inputs["tokens"].shape[1]
         each = jnp.zeros((self.slots, self.samples), jnp.int32)
         written = jnp.zeros((self.slots, self.samples, self.room), jnp.int32)
         number, lane = jnp.zeros(self.slots, jnp.int32), jnp.zeros(lanes, jnp.int32)
         return {
-            "prompt_k": rows(cache["k"], self.slots, 1),
-            "prompt_v": rows(cache["v"], self.slots, 1),
+            "prompt_k": keys(self.slots, width), "prompt_v": keys(self.slots, width),
             "prompt_length": number, "prompt_position": number,
             "first": rows(hidden, self.slots),
             "start": jax.tree.map(lambda x: rows(x, self.slots), start),
             "next": number, "samples": number, "seeds": each.astype(jnp.uint32), "limits": each,
-            "k": keys, "v": keys,
+            "k": keys(lanes, self.room), "v": keys(lanes, self.room),
             "sample": lane, "count": lane, "live": lane != 0, "token": lane,
             "constraint": jax.tree.map(lambda x: rows(x, lanes), start),
             "tokens": written, "logps": written.astype(jnp.float32),
@@ -311,6 +321,7 @@ class SlotSampler:
             features = self.model.encode_media(params, inputs["media"])
         width = inputs["tokens"].shape[1]
         hidden, cache = self.model.prefill(params, inputs, width, features)
+        cache = caches.for_loop(cache)
         last = jnp.asarray(inputs["last_positions"])[:, :1]
         hidden = jnp.take_along_axis(hidden, last[..., None], axis=1)[:, 0]
         start = ()
@@ -334,14 +345,18 @@ class SlotSampler:
                 lambda old, x: old.at[slots].set(x.astype(old.dtype), mode="drop"),
                 state[name], value,
             )  # fmt: skip
-        for name in ("k", "v"):
-            old = state[f"prompt_{name}"]
-            state[f"prompt_{name}"] = old.at[:, slots].set(cache[name], mode="drop")
+        for name in ("prompt_k", "prompt_v"):
+            state[name] = jax.tree.map(
+                lambda old, x, n=name: old.at[(slice(None),) * _row_axis(n, old) + (slots,)].set(
+                    x, mode="drop"
+                ),
+                state[name], cache[name.removeprefix("prompt_")],
+            )  # fmt: skip
         return state
 
     def _decode(self, params: Any, state: State, wake: Any) -> State:
         """Steps until `wake` slots are done (or have never been filled), or it is time to look."""
-        head = self.model.head(params)
+        head, decode = self.model.head(params), self.model.decoder(params)
         kept = {n: state[n] for n in ("prompt_k", "prompt_v", "prompt_length", "prompt_position",
                                       "first", "start", "samples", "seeds", "limits")}  # fmt: skip
         moving = {name: value for name, value in state.items() if name not in kept}
@@ -355,12 +370,12 @@ class SlotSampler:
 
         def advance(carry: tuple) -> tuple:
             step, now = carry
-            return step + 1, self._step(params, head, kept, now)
+            return step + 1, self._step(decode, head, kept, now)
 
         _, moving = jax.lax.while_loop(going, advance, (jnp.int32(0), moving))
         return {**state, **moving}
 
-    def _step(self, params: Any, head: Any, kept: State, now: State) -> State:
+    def _step(self, decode: Any, head: Any, kept: State, now: State) -> State:
         slot = jnp.repeat(jnp.arange(self.slots, dtype=jnp.int32), self.lanes)
         # Lanes without work take their prompt's next samples, in order.
         idle = ~now["live"].reshape(self.slots, self.lanes)
@@ -377,7 +392,7 @@ class SlotSampler:
             "spot": jnp.where(live & (count > 0), count - 1, self.room),
             "position": kept["prompt_position"][slot] + count - 1,
         }  # fmt: skip
-        hidden, cache = self.model.decode(params, now["token"], cache)
+        hidden, cache = decode(now["token"], cache)
         hidden = jnp.where((count == 0)[:, None], kept["first"][slot], hidden)
         allowed = state = None
         if self.constraint is not None:
