@@ -92,7 +92,7 @@ def test_with_one_array_for_all_layers(llava, expected, monkeypatch):
     monkeypatch.setattr(caches, "for_loop", lambda cache: cache)
     batch, seeds, samples = expected
     mesh = make_mesh(data=2, devices=jax.devices()[:2])
-    found = run(llava, batch, seeds, mesh=mesh, slots=4, lanes=2)
+    found = run(llava, batch, seeds, mesh=mesh, slots=16, lanes=2)
     assert_same(found, samples)
 
 
