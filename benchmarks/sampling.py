@@ -205,7 +205,8 @@ def main() -> None:
     limits = lengths_of(size.requests, size, 1)
     common = dict(samples=1, max_new_tokens=size.new_tokens)
     slots = Ours(model, params, size.prompt, slots=size.batch, **common)
-    whole = Ours(model, params, size.prompt, slots=size.batch, prefill_rows=size.batch, **common)
+    whole = Ours(model, params, size.prompt, slots=size.batch, prefill_rows=size.batch,
+                 narrow=False, **common)  # fmt: skip
 
     def padded() -> None:
         for at in range(0, len(prompts), size.batch):

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from aa_jax.kernels.attention import attention
+from aa_jax.models import caches
 from aa_jax.models.layers import Linear, RMSNorm
 from aa_jax.models.rope import rotate
 
@@ -124,11 +125,11 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B D"],
         angles: Angles,
-        keys: Float[Array, "L B K S Dh"],
-        values: Float[Array, "L B K S Dh"],
-        layer: Int[Array, ""],
+        keys: Float[Array, "*L B K S Dh"],
+        values: Float[Array, "*L B K S Dh"],
+        layer: Int[Array, ""] | None,
         length: Int[Array, "B"],
-    ) -> tuple[Float[Array, "B D"], Float[Array, "L B K S Dh"], Float[Array, "L B K S Dh"]]:
+    ) -> tuple[Float[Array, "B D"], Float[Array, "*L B K S Dh"], Float[Array, "*L B K S Dh"]]:
         """One token per row, written at its row's own length and attending to all before it.
 
         The whole cache travels as a carry and only [B, K, Dh] of it is written, so no layer
@@ -137,15 +138,16 @@ class Attention(nnx.Module):
         nothing.
         """
         q, k, v = self.qkv(x, angles)
-        rows = jnp.arange(x.shape[0], dtype=jnp.int32)
-        keys = keys.at[layer, rows, :, length].set(k.astype(keys.dtype))
-        values = values.at[layer, rows, :, length].set(v.astype(values.dtype))
+        keys = caches.write(keys, layer, length, k)
+        values = caches.write(values, layer, length, v)
         q = q.reshape(x.shape[0], self.kv_heads, -1, self.head_dim) * self.head_dim**-0.5
-        scores = jnp.einsum("bkgd,bksd->bkgs", q, keys[layer], preferred_element_type=jnp.float32)
-        seen = self.within(jnp.arange(keys.shape[3], dtype=jnp.int32), length[:, None])
+        mine = caches.of_layer(keys, layer)
+        scores = jnp.einsum("bkgd,bksd->bkgs", q, mine, preferred_element_type=jnp.float32)
+        seen = self.within(jnp.arange(mine.shape[2], dtype=jnp.int32), length[:, None])
         scores = jnp.where(seen[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        y = jnp.einsum("bkgs,bksd->bkgd", weights, values[layer].astype(x.dtype))
+        mine = caches.of_layer(values, layer)
+        y = jnp.einsum("bkgs,bksd->bkgd", weights, mine.astype(x.dtype))
         return self.o(y.reshape(x.shape[0], -1)), keys, values
 
     def decode_behind(
@@ -153,11 +155,11 @@ class Attention(nnx.Module):
         x: Float[Array, "B D"],
         angles: Angles,
         prompts: tuple[Array, Array, Array],
-        keys: Float[Array, "L B K R Dh"],
-        values: Float[Array, "L B K R Dh"],
-        layer: Int[Array, ""],
+        keys: Float[Array, "*L B K R Dh"],
+        values: Float[Array, "*L B K R Dh"],
+        layer: Int[Array, ""] | None,
         spot: Int[Array, "B"],
-    ) -> tuple[Float[Array, "B D"], Float[Array, "L B K R Dh"], Float[Array, "L B K R Dh"]]:
+    ) -> tuple[Float[Array, "B D"], Float[Array, "*L B K R Dh"], Float[Array, "*L B K R Dh"]]:
         """As `decode`, behind prompts that rows share: nothing of a prompt is copied per row.
 
         ``prompts`` are keys and values [L,P,K,S,Dh] and lengths [P]; the W = B / P rows of a prompt
@@ -165,28 +167,27 @@ class Attention(nnx.Module):
         spot (R: nowhere), and sees the prompt and the response up to itself.
         """
         q, k, v = self.qkv(x, angles)
-        rows = jnp.arange(x.shape[0], dtype=jnp.int32)
-        keys = keys.at[layer, rows, :, spot].set(k.astype(keys.dtype), mode="drop")
-        values = values.at[layer, rows, :, spot].set(v.astype(values.dtype), mode="drop")
-        shared_keys, shared_values, lengths = prompts
-        count, room = shared_keys.shape[1], shared_keys.shape[3]
+        keys, values = caches.write(keys, layer, spot, k), caches.write(values, layer, spot, v)
+        shared_keys, shared_values = (caches.of_layer(entry, layer) for entry in prompts[:2])
+        mine, lengths = caches.of_layer(keys, layer), prompts[2]
+        count, room = shared_keys.shape[0], shared_keys.shape[2]
         q = q.reshape(x.shape[0], self.kv_heads, -1, self.head_dim) * self.head_dim**-0.5
         grouped = q.reshape(count, -1, *q.shape[1:])
         wide = dict(preferred_element_type=jnp.float32)
-        before = jnp.einsum("pwkgd,pksd->pwkgs", grouped, shared_keys[layer], **wide)
-        own = jnp.einsum("bkgd,bkrd->bkgr", q, keys[layer], **wide)
+        before = jnp.einsum("pwkgd,pksd->pwkgs", grouped, shared_keys, **wide)
+        own = jnp.einsum("bkgd,bkrd->bkgr", q, mine, **wide)
         slots = jnp.arange(room, dtype=jnp.int32)
         seen = (slots[None, :] < lengths[:, None])[:, None, :]
         seen = seen & self.within(slots, (lengths[:, None] + spot.reshape(count, -1))[..., None])
         lowest = jnp.finfo(jnp.float32).min
         before = jnp.where(seen[:, :, None, None, :], before, lowest)
-        seen = self.within(jnp.arange(keys.shape[3], dtype=jnp.int32), spot[:, None])
+        seen = self.within(jnp.arange(mine.shape[2], dtype=jnp.int32), spot[:, None])
         own = jnp.where(seen[:, None, None, :], own, lowest)
         scores = jnp.concatenate([before.reshape(*own.shape[:3], room), own], axis=-1)
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
         left = weights[..., :room].reshape(before.shape)
-        y = jnp.einsum("pwkgs,pksd->pwkgd", left, shared_values[layer].astype(x.dtype))
+        y = jnp.einsum("pwkgs,pksd->pwkgd", left, shared_values.astype(x.dtype))
         y = y.reshape(q.shape) + jnp.einsum(
-            "bkgr,bkrd->bkgd", weights[..., room:], values[layer].astype(x.dtype)
+            "bkgr,bkrd->bkgd", weights[..., room:], caches.of_layer(values, layer).astype(x.dtype)
         )
         return self.o(y.reshape(x.shape[0], -1)), keys, values

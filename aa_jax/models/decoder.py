@@ -5,6 +5,7 @@ of one layer: biases, normalised queries and keys, where the norms stand, and ro
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,11 +16,11 @@ from aa_jax.errors import ModelError
 from aa_jax.models import rope
 from aa_jax.models.attention import Angles, Attention
 from aa_jax.models.config import Reader
-from aa_jax.models.layers import Embedding, GatedMLP, RMSNorm, scan_layers, stacked
+from aa_jax.models.layers import Embedding, GatedMLP, RMSNorm, one_layer, scan_layers, stacked
 from aa_jax.sharding.rules import constrain
 
 Batch = dict[str, Any]
-Cache = dict[str, Array]
+Cache = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +193,7 @@ class Block(nnx.Module):
         angles: Angles,
         keys: Array,
         values: Array,
-        layer: Int[Array, ""],
+        layer: Int[Array, ""] | None,
         length: Int[Array, "B"],
     ) -> tuple[Float[Array, "B D"], Array, Array]:
         """One token per row; see `Attention.decode`."""
@@ -208,7 +209,7 @@ class Block(nnx.Module):
         prompts: tuple[Array, Array, Array],
         keys: Array,
         values: Array,
-        layer: Int[Array, ""],
+        layer: Int[Array, ""] | None,
         spot: Int[Array, "B"],
     ) -> tuple[Float[Array, "B D"], Array, Array]:
         """One token per row; see `Attention.decode_behind`."""
@@ -306,34 +307,67 @@ class Decoder(nnx.Module):
         x = self.embed(batch["tokens"], self.dtype)
         return self.run_prefill(x, batch, cache_size)
 
-    def decode(self, tokens: Int[Array, "B"], cache: Cache) -> tuple[Float[Array, "B D"], Cache]:
-        """Family interface: appends one token per row at the row's own length."""
-        if "prompt_k" in cache:
-            return self._decode_behind(tokens, cache)
+    def decoder(self) -> Callable[[Array, Cache], tuple[Array, Cache]]:
+        """Family interface."""
+        apart = [one_layer(self.layers, i) for i in range(self.config.num_layers)]
+
+        def decode(tokens: Int[Array, "B"], cache: Cache) -> tuple[Float[Array, "B D"], Cache]:
+            kind = self._decode_behind if "prompt_k" in cache else self._decode
+            return kind(apart, tokens, cache)
+
+        return decode
+
+    def _decode(
+        self, apart: list[Block], tokens: Int[Array, "B"], cache: Cache
+    ) -> tuple[Float[Array, "B D"], Cache]:
+        """Appends one token per row at the row's own length."""
         length = cache["length"]
         angles = rope.angles(self.config.rope, cache.get("position", length))
 
-        def body(block: Block, carry: tuple, index: Array) -> tuple[tuple, None]:
-            x, keys, values = carry
-            return block.decode(x, angles, keys, values, index, length), None
+        def body(block: Block, x: Array, keys: Any, values: Any, layer: Any) -> tuple:
+            return block.decode(x, angles, keys, values, layer, length)
 
-        start = (self.embed(tokens, self.dtype), cache["k"], cache["v"])
-        (x, keys, values), _ = scan_layers(self.layers, start, body)
+        x, keys, values = self._decode_layers(apart, tokens, cache, body)
         moved = {name: cache[name] + 1 for name in ("length", "position") if name in cache}
-        return self.norm(x), {"k": keys, "v": values, **moved}
+        return x, {"k": keys, "v": values, **moved}
 
     def _decode_behind(
-        self, tokens: Int[Array, "B"], cache: Cache
+        self, apart: list[Block], tokens: Int[Array, "B"], cache: Cache
     ) -> tuple[Float[Array, "B D"], Cache]:
-        """`decode` with a cache of shared prompts, see `models.functional.Model`."""
-        prompts = (cache["prompt_k"], cache["prompt_v"], cache["prompt_length"])
-        spot = cache["spot"]
+        """The same with a cache of shared prompts, see `models.functional.Model`."""
+        spot, lengths = cache["spot"], cache["prompt_length"]
         angles = rope.angles(self.config.rope, cache["position"])
 
-        def body(block: Block, carry: tuple, index: Array) -> tuple[tuple, None]:
-            x, keys, values = carry
-            return block.decode_behind(x, angles, prompts, keys, values, index, spot), None
+        def body(block: Block, x: Array, keys: Any, values: Any, layer: Any, *shared: Any) -> tuple:
+            return block.decode_behind(x, angles, (*shared, lengths), keys, values, layer, spot)
 
-        start = (self.embed(tokens, self.dtype), cache["k"], cache["v"])
-        (x, keys, values), _ = scan_layers(self.layers, start, body)
-        return self.norm(x), {**cache, "k": keys, "v": values}
+        shared = (cache["prompt_k"], cache["prompt_v"])
+        x, keys, values = self._decode_layers(apart, tokens, cache, body, shared)
+        return x, {**cache, "k": keys, "v": values}
+
+    def _decode_layers(
+        self,
+        apart: list[Block],
+        tokens: Int[Array, "B"],
+        cache: Cache,
+        body: Callable[..., tuple],
+        shared: tuple = (),
+    ) -> tuple[Float[Array, "B D"], Any, Any]:
+        """All layers as one program, or one by one where each has arrays of its own.
+
+        ``body`` is ``(block, x, keys, values, layer, *shared) -> (x, keys, values)``.
+        """
+        x, keys, values = self.embed(tokens, self.dtype), cache["k"], cache["v"]
+        if isinstance(keys, tuple):
+            written = []
+            for block, k, v, *own in zip(apart, keys, values, *shared, strict=True):
+                x, *both = body(block, x, k, v, None, *own)
+                written.append(both)
+            keys, values = zip(*written, strict=True)
+            return self.norm(x), keys, values
+
+        def step(block: Block, carry: tuple, index: Array) -> tuple[tuple, None]:
+            return body(block, *carry, index, *shared), None
+
+        (x, keys, values), _ = scan_layers(self.layers, (x, keys, values), step)
+        return self.norm(x), keys, values

@@ -3,7 +3,7 @@
 Nothing outside this folder sees flax. A family is a class built as
 ``cls(config, rngs=, dtype=, param_dtype=, remat=)`` that holds only ``nnx.Param`` leaves and has
 ``hidden_states(batch, features)``, ``head_weight()``, ``prefill(batch, cache_size, features)``,
-``decode(tokens, cache)`` and, when it reads media, ``encode_media(media)`` and
+``decoder()`` and, when it reads media, ``encode_media(media)`` and
 ``tower_features(media)``.
 """
 
@@ -24,7 +24,7 @@ from aa_jax.models.variants import axes as variant_axes
 
 Params = dict[str, Any]
 Batch = dict[str, Any]
-Cache = dict[str, Array]
+Cache = dict[str, Any]
 
 DTYPES: dict[str, Any] = {
     "float32": jnp.float32,
@@ -61,7 +61,10 @@ class Model:
             Rows that share prompts, W = B / P of each standing together, are decoded from
             {"prompt_k": [L,P,K,S,Dh], "prompt_v": the same, "prompt_length": [P], "k":
             [L,B,K,R,Dh], "v": the same, "spot": [B] where in R this token goes (R: nowhere),
-            "position": [B]}, of which "k" and "v" come back changed.
+            "position": [B]}, of which "k" and "v" come back changed. In either, the entries with
+            L may be tuples of L arrays, see `models.caches`.
+        decoder: ``params -> ((tokens, cache) -> (hidden, cache))``, `decode` for a loop: what the
+            parameters alone decide is done by the first call, before the loop.
         variant: its adapters and quantised kernels. A model with adapters takes parameters
             without them too, and is then its base.
         edit: ``variant -> Model``: the same architecture as another variant.
@@ -81,6 +84,7 @@ class Model:
     head: Callable[[Params], Array]
     prefill: Callable[..., tuple[Array, Cache]]
     decode: Callable[..., tuple[Array, Cache]]
+    decoder: Callable[[Params], Callable[[Array, Cache], tuple[Array, Cache]]]
     variant: Variant
     edit: Callable[[Variant], "Model"]
     frozen: tuple[str, ...]
@@ -216,10 +220,13 @@ def functional(
             )
         return bind(params).prefill(arrays(batch), cache_size, features)
 
+    def decoder(params: Params) -> Callable[[Array, Cache], tuple[Array, Cache]]:
+        return bind(params).decoder()
+
     def decode(
         params: Params, tokens: Int[Array, "B"], cache: Cache
     ) -> tuple[Float[Array, "B D"], Cache]:
-        return bind(params).decode(tokens, cache)
+        return decoder(params)(tokens, cache)
 
     return Model(
         family=family,
@@ -235,6 +242,7 @@ def functional(
         head=head,
         prefill=prefill,
         decode=decode,
+        decoder=decoder,
         variant=variant,
         edit=edit,
         frozen=variant.frozen(leaves),

@@ -197,6 +197,12 @@ def scan_layers(
     return jax.lax.scan(REMAT_POLICIES[remat](step), carry, (state, indices))
 
 
+def one_layer(stack: nnx.Module, index: int) -> nnx.Module:
+    """Layer number ``index`` of a module from `stacked`."""
+    graphdef, state = nnx.split(stack, nnx.Param)
+    return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], state))
+
+
 def place_features(
     x: Float[Array, "B T D"],
     features: Float[Array, "B F D"],

@@ -1,9 +1,10 @@
 """What families with a tower and a decoder share: features stand where their tokens are."""
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from aa_jax.errors import ModelError
 from aa_jax.models.decoder import Batch, Cache, Decoder
@@ -49,6 +50,6 @@ class Multimodal(nnx.Module):
         """Family interface."""
         return self.language_model.run_prefill(self.embed(batch, features), batch, cache_size)
 
-    def decode(self, tokens: Int[Array, "B"], cache: Cache) -> tuple[Float[Array, "B D"], Cache]:
+    def decoder(self) -> Callable[[Array, Cache], tuple[Array, Cache]]:
         """Family interface."""
-        return self.language_model.decode(tokens, cache)
+        return self.language_model.decoder()

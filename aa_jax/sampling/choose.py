@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from aa_jax.sampling.draw import draw
 from aa_jax.sampling.filters import check_sampling, filter_logits
@@ -35,26 +35,28 @@ class Choice:
     def __call__(
         self,
         logits: Float[Array, "B V"],
-        keys: Key[Array, "B"],
-        steps: Int[Array, "B"],
+        uniform: Float[Array, "B"],
         allowed: Bool[Array, "B V"] | None,
     ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
         """(tokens, their log-probs under the whole vocabulary at this temperature).
 
         Args:
           logits: of the next token.
-          keys: one per request; a row's draw depends on its key, its step and its logits only.
-          steps: how many tokens each response has already.
+          uniform: in [0, 1], what is random in the choice; see `draw.uniforms`.
           allowed: tokens that may come, or None for all.
         """
         logits = logits.astype(jnp.float32)
         if self.temperature > 0:
             logits = logits / self.temperature
         open_ = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
+        total = None
         if self.temperature > 0:
-            open_ = filter_logits(open_, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
-            token = draw(jax.vmap(jax.random.fold_in)(keys, steps), open_)
+            cut = filter_logits(open_, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+            token, mass = draw(uniform, cut)
+            total = mass if cut is logits else None  # else of what was left of the vocabulary
         else:
             token = jnp.argmax(open_, axis=-1)
+        if total is None:
+            total = jax.nn.logsumexp(logits, axis=-1)
         picked = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-        return token.astype(jnp.int32), picked - jax.nn.logsumexp(logits, axis=-1)
+        return token.astype(jnp.int32), picked - total

@@ -13,8 +13,10 @@ import numpy as np
 
 from aa_jax import hosts
 from aa_jax.errors import ConfigError
+from aa_jax.models import caches
 from aa_jax.sampling.choose import Choice
 from aa_jax.sampling.constraints import Constraint
+from aa_jax.sampling.draw import uniforms
 
 
 class Samples(NamedTuple):
@@ -76,25 +78,26 @@ def make_sampler(
     if constraint is not None:
         constraint.check(max_new_tokens)
 
-    def pick(logits, keys, step, state):
+    def pick(logits, uniform, step, state):
         """One token per row and its log-prob: [B, V] -> ([B] int32, [B] float32)."""
         allowed = None
         if constraint is not None:
             allowed = constraint.allowed(state, max_new_tokens - step)
-        return choose(logits, keys, jnp.broadcast_to(step, logits.shape[:1]), allowed)
+        return choose(logits, uniform[:, step], allowed)
 
     def sample(params, batch, seeds):
         rows, prompt_length = batch["tokens"].shape
-        head = model.head(params)
-        keys = jax.vmap(jax.random.key)(seeds)
+        head, decode = model.head(params), model.decoder(params)
+        uniform = uniforms(jnp.asarray(seeds), max_new_tokens)
         features = model.encode_media(params, batch["media"]) if "media" in batch else None
         hidden, cache = model.prefill(params, batch, prompt_length + max_new_tokens, features)
+        cache = caches.for_loop(cache)
         last = batch["last_positions"][:, :1, None]
         logits = jnp.take_along_axis(hidden, last, axis=1)[:, 0] @ head.T
         state = None
         if constraint is not None:
             state = constraint.start(batch["tokens"], batch["last_positions"][:, 0])
-        token, logp = pick(logits, keys, jnp.int32(0), state)
+        token, logp = pick(logits, uniform, jnp.int32(0), state)
         state = None if constraint is None else constraint.advance(state, token)
         is_end = jnp.any(token[:, None] == ends[None, :], axis=-1)
         tokens = jnp.full((rows, max_new_tokens), pad_id, jnp.int32).at[:, 0].set(token)
@@ -107,8 +110,8 @@ def make_sampler(
 
         def advance(carry):
             step, done, token, tokens, logps, mask, cache, state = carry
-            hidden, cache = model.decode(params, token, cache)
-            token, logp = pick(hidden @ head.T, keys, step, state)
+            hidden, cache = decode(token, cache)
+            token, logp = pick(hidden @ head.T, uniform, step, state)
             state = None if constraint is None else constraint.advance(state, token)
             token = jnp.where(done, pad_id, token)
             write = jax.lax.dynamic_update_index_in_dim

@@ -11,6 +11,7 @@ A sample depends on its prompt and its seed only: not on slot, lane, neighbours,
 
 import bisect
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,13 +23,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from aa_jax.errors import ConfigError
+from aa_jax.models import caches
 from aa_jax.sampling.choose import Choice
 from aa_jax.sampling.constraints import Constraint
+from aa_jax.sampling.draw import uniforms
 from aa_jax.sharding.batches import put_batch
 from aa_jax.sharding.mesh import BATCH_AXES, batch_devices
 
 State = dict[str, Any]
-_CACHES = ("prompt_k", "prompt_v", "k", "v")  # their rows are on the second axis
+_OF_LANES = ("k", "v", "sample", "count", "live", "token", "constraint")  # others: of slots
+_CACHES = ("prompt_k", "prompt_v", "k", "v")  # a layer of them is [rows, K, S, Dh]
 _INPUTS = ("tokens", "positions", "intervals", "last_positions", "feature_index", "media")
 
 
@@ -82,6 +86,11 @@ class Stop:
         return bisect.bisect_left(range(1, len(tokens) + 1), True, key=holds) + 1
 
 
+def _row_axis(name: str, array: Any) -> int:
+    """Where an entry of the state has its slots or lanes."""
+    return array.ndim - 4 if name in _CACHES else 0
+
+
 def _to_host(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
     """Whole arrays, of several processes too."""
     if jax.process_count() == 1:
@@ -105,6 +114,9 @@ class SlotSampler:
       stop: texts that end a response.
       prefill_rows: prompts prefilled together; a slot waits until so many are free. Default: a
         quarter of the slots.
+      narrow: when nothing waits and only a quarter of the slots still writes, go on with so many:
+        the last long samples need not drag empty slots along. It compiles a second program, and is
+        done from 16 slots on.
 
     Raises:
       ConfigError: sizes below 1, no end token, or a constraint no response can satisfy.
@@ -124,6 +136,7 @@ class SlotSampler:
         constraint: Constraint | None = None,
         stop: Stop | None = None,
         prefill_rows: int | None = None,
+        narrow: bool = True,
     ):
         sizes = {"slots": slots, "lanes": lanes, "samples": samples,
                  "max_new_tokens": max_new_tokens}  # fmt: skip
@@ -139,6 +152,9 @@ class SlotSampler:
         self.room, self.constraint, self.stop = max_new_tokens, constraint, stop
         rows = max(1, self.slots // 4) if prefill_rows is None else prefill_rows
         self.prefill_rows = min(-(-rows // many) * many, self.slots)
+        few = -(-self.slots // 4 // many) * many
+        narrow = narrow and self.slots >= 16 and few <= self.slots // 2
+        self._few = few if narrow else self.slots
         self._ends = np.asarray(sorted(eos_ids), np.int32)
         self._state_places: Any = None
         self._jitted: dict[str, Any] = {}
@@ -176,8 +192,9 @@ class SlotSampler:
         state = None
         while True:
             free = np.flatnonzero(holds < 0)
-            while pending and len(free):
-                some = pending[: min(self.prefill_rows, len(free))]
+            # A prefill costs the same for few rows as for many: it waits for its rows.
+            while pending and len(free) >= (wanted := min(self.prefill_rows, len(pending))):
+                some = pending[:wanted]
                 del pending[: len(some)]
                 batch = prompts(some, self.prefill_rows)
                 inputs = {name: batch[name] for name in _INPUTS if name in batch}
@@ -189,7 +206,11 @@ class SlotSampler:
                 free = free[len(some) :]
             if not (holds >= 0).any():
                 return found
-            wake = min(self.prefill_rows, len(pending)) if pending else self.slots
+            if not pending and len(holds) > self._few >= np.sum(holds >= 0):
+                state, holds = self._narrow(state, holds)
+            wake = len(holds) - (self._few if len(holds) > self._few else 0)
+            if pending:
+                wake = min(self.prefill_rows, len(pending))
             state = self._jit("decode", self._decode, 1)(params, state, np.int32(wake))
             state = self._collect(state, holds, found, seeds.shape[1])
 
@@ -204,8 +225,8 @@ class SlotSampler:
         shapes = jax.eval_shape(self._new_state, params, inputs)
         self._state_places = {
             name: jax.tree.map(
-                lambda _, n=name: NamedSharding(
-                    self.mesh, P(None, BATCH_AXES) if n in _CACHES else P(BATCH_AXES)
+                lambda x, n=name: NamedSharding(
+                    self.mesh, P(*[None] * _row_axis(n, x), BATCH_AXES)
                 ),
                 leaf,
             )
@@ -240,33 +261,53 @@ class SlotSampler:
         self, state: State, holds: np.ndarray, found: list[list[Sample]], samples: int
     ) -> State:
         """Takes the samples of slots that are done, and ends those that met a stop text."""
-        names = ("next", "samples", "live", "sample", "tokens", "logps", "lengths", "finished")
+        names = ("next", "samples", "live", "sample", "tokens", "logps")
         seen = _to_host({name: state[name] for name in names})
-        live = seen["live"].reshape(self.slots, self.lanes)
+        live = seen["live"].reshape(-1, self.lanes)
         done = ~live.any(1) & (seen["next"] >= seen["samples"])
         for slot in np.flatnonzero(done & (holds >= 0)):
-            rows = zip(*(seen[name][slot][:samples] for name in names[4:]), strict=True)
-            found[holds[slot]] = [self._sample(*row) for row in rows]
+            both = zip(seen["tokens"][slot], seen["logps"][slot], strict=True)
+            found[holds[slot]] = [self._sample(*pair) for pair in itertools.islice(both, samples)]
             holds[slot] = -1
         if self.stop is None or done.all():
             return state
-        limits = np.full((self.slots, self.samples), self.room, np.int32)
+        limits = np.full((len(holds), self.samples), self.room, np.int32)
         sample = seen["sample"].reshape(live.shape)
         for slot, lane in zip(*np.nonzero(live), strict=True):
             at = (slot, sample[slot, lane])
-            if self.stop.length(seen["tokens"][at][: seen["lengths"][at]]) is not None:
+            written = seen["tokens"][at]
+            if self.stop.length(written[written >= 0]) is not None:
                 limits[at] = 1
         shorten = self._jit("shorten", lambda _, state, new: {
             **state, "limits": jnp.minimum(state["limits"], new)}, 1)  # fmt: skip
         return shorten(None, state, limits)
 
-    def _sample(self, tokens: Any, logps: Any, length: Any, finished: Any) -> Sample:
-        count, ended = int(length), bool(finished)
+    def _narrow(self, state: State, holds: np.ndarray) -> tuple[State, np.ndarray]:
+        """The slots that still write, and some that do not, in a state of few slots."""
+        stay = np.argsort(holds < 0, kind="stable")[: self._few].astype(np.int32)
+        lanes = (stay[:, None] * self.lanes + np.arange(self.lanes, dtype=np.int32)).reshape(-1)
+
+        def take(_: Any, state: State, stay: Any, lanes: Any) -> State:
+            return {
+                name: jax.tree.map(
+                    lambda x, n=name: jnp.take(
+                        x, lanes if n in _OF_LANES else stay, axis=_row_axis(n, x)
+                    ),
+                    entry,
+                )
+                for name, entry in state.items()
+            }
+
+        return self._jit("narrow", take, ())(None, state, stay, lanes), holds[stay]
+
+    def _sample(self, tokens: np.ndarray, logps: np.ndarray) -> Sample:
+        count = int(np.sum(tokens >= 0))
+        ended = bool(np.isin(tokens[count - 1], self._ends))
         if self.stop is not None and (at := self.stop.length(tokens[:count])) is not None:
             count, ended = at, True
         return Sample(tokens[:count].copy(), logps[:count].copy(), ended)
 
-    def _jit(self, name: str, function: Callable, donated: int) -> Any:
+    def _jit(self, name: str, function: Callable, donated: Any) -> Any:
         if name not in self._jitted:
             self._jitted[name] = jax.jit(
                 function, donate_argnums=donated, out_shardings=self._state_places
@@ -280,28 +321,31 @@ class SlotSampler:
         hidden, cache, start = self._read_prompts(params, inputs)
         lanes = self.slots * self.lanes
 
-        def rows(x: Any, count: int, axis: int = 0) -> Any:
-            shape = [*x.shape]
-            shape[axis] = count
-            return jnp.zeros(shape, x.dtype)
+        def rows(x: Any, count: int) -> Any:
+            return jnp.zeros((count, *x.shape[1:]), x.dtype)
 
-        keys = rows(cache["k"], lanes, 1)
-        keys = jnp.zeros((*keys.shape[:3], self.room, keys.shape[4]), keys.dtype)
+        def keys(count: int, room: int) -> Any:
+            def empty(x: Any) -> Any:
+                *layers, _, heads, _, dim = x.shape
+                return jnp.zeros((*layers, count, heads, room, dim), x.dtype)
+
+            return jax.tree.map(empty, cache["k"])
+
+        width = inputs["tokens"].shape[1]
         each = jnp.zeros((self.slots, self.samples), jnp.int32)
         written = jnp.zeros((self.slots, self.samples, self.room), jnp.int32)
         number, lane = jnp.zeros(self.slots, jnp.int32), jnp.zeros(lanes, jnp.int32)
         return {
-            "prompt_k": rows(cache["k"], self.slots, 1),
-            "prompt_v": rows(cache["v"], self.slots, 1),
+            "prompt_k": keys(self.slots, width), "prompt_v": keys(self.slots, width),
             "prompt_length": number, "prompt_position": number,
             "first": rows(hidden, self.slots),
             "start": jax.tree.map(lambda x: rows(x, self.slots), start),
-            "next": number, "samples": number, "seeds": each.astype(jnp.uint32), "limits": each,
-            "k": keys, "v": keys,
+            "next": number, "samples": number, "limits": each,
+            "uniform": written.astype(jnp.float32),
+            "k": keys(lanes, self.room), "v": keys(lanes, self.room),
             "sample": lane, "count": lane, "live": lane != 0, "token": lane,
             "constraint": jax.tree.map(lambda x: rows(x, lanes), start),
             "tokens": written, "logps": written.astype(jnp.float32),
-            "lengths": each, "finished": each != 0,
         }  # fmt: skip
 
     def _read_prompts(self, params: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any, Any]:
@@ -311,6 +355,7 @@ class SlotSampler:
             features = self.model.encode_media(params, inputs["media"])
         width = inputs["tokens"].shape[1]
         hidden, cache = self.model.prefill(params, inputs, width, features)
+        cache = caches.for_loop(cache)
         last = jnp.asarray(inputs["last_positions"])[:, :1]
         hidden = jnp.take_along_axis(hidden, last[..., None], axis=1)[:, 0]
         start = ()
@@ -326,7 +371,9 @@ class SlotSampler:
             "prompt_length": cache["length"],
             "prompt_position": cache.get("position", cache["length"]),
             "first": hidden, "start": start, "next": jnp.zeros_like(slots),
-            "lengths": jnp.zeros_like(new["limits"]), "finished": new["limits"] < 0, **new,
+            "samples": new["samples"], "limits": new["limits"],
+            "uniform": uniforms(new["seeds"], self.room),
+            "tokens": jnp.full((*new["seeds"].shape, self.room), -1, jnp.int32),
         }  # fmt: skip
         state = dict(state)
         for name, value in rows.items():
@@ -334,36 +381,42 @@ class SlotSampler:
                 lambda old, x: old.at[slots].set(x.astype(old.dtype), mode="drop"),
                 state[name], value,
             )  # fmt: skip
-        for name in ("k", "v"):
-            old = state[f"prompt_{name}"]
-            state[f"prompt_{name}"] = old.at[:, slots].set(cache[name], mode="drop")
+        for name in ("prompt_k", "prompt_v"):
+            state[name] = jax.tree.map(
+                lambda old, x, n=name: old.at[(slice(None),) * _row_axis(n, old) + (slots,)].set(
+                    x, mode="drop"
+                ),
+                state[name], cache[name.removeprefix("prompt_")],
+            )  # fmt: skip
         return state
 
     def _decode(self, params: Any, state: State, wake: Any) -> State:
         """Steps until `wake` slots are done (or have never been filled), or it is time to look."""
-        head = self.model.head(params)
-        kept = {n: state[n] for n in ("prompt_k", "prompt_v", "prompt_length", "prompt_position",
-                                      "first", "start", "samples", "seeds", "limits")}  # fmt: skip
+        head, decode = self.model.head(params), self.model.decoder(params)
+        kept = {name: state[name] for name in (
+            "prompt_k", "prompt_v", "prompt_length", "prompt_position", "first", "start",
+            "samples", "limits", "uniform",
+        )}  # fmt: skip
         moving = {name: value for name, value in state.items() if name not in kept}
         most = self.stop.every if self.stop is not None else self.room * (self.samples + 1)
 
         def going(carry: tuple) -> Any:
             step, now = carry
-            live = now["live"].reshape(self.slots, self.lanes).any(1)
+            live = now["live"].reshape(-1, self.lanes).any(1)
             done = ~live & (now["next"] >= kept["samples"])
             return (step < most) & (jnp.sum(done) < wake)
 
         def advance(carry: tuple) -> tuple:
             step, now = carry
-            return step + 1, self._step(params, head, kept, now)
+            return step + 1, self._step(decode, head, kept, now)
 
         _, moving = jax.lax.while_loop(going, advance, (jnp.int32(0), moving))
         return {**state, **moving}
 
-    def _step(self, params: Any, head: Any, kept: State, now: State) -> State:
-        slot = jnp.repeat(jnp.arange(self.slots, dtype=jnp.int32), self.lanes)
+    def _step(self, decode: Any, head: Any, kept: State, now: State) -> State:
+        slot = jnp.repeat(jnp.arange(len(now["next"]), dtype=jnp.int32), self.lanes)
         # Lanes without work take their prompt's next samples, in order.
-        idle = ~now["live"].reshape(self.slots, self.lanes)
+        idle = ~now["live"].reshape(-1, self.lanes)
         turn = now["next"][:, None] + jnp.cumsum(idle, axis=1, dtype=jnp.int32) - 1
         takes = idle & (turn < kept["samples"][:, None])
         begun = takes.reshape(-1)
@@ -377,7 +430,7 @@ class SlotSampler:
             "spot": jnp.where(live & (count > 0), count - 1, self.room),
             "position": kept["prompt_position"][slot] + count - 1,
         }  # fmt: skip
-        hidden, cache = self.model.decode(params, now["token"], cache)
+        hidden, cache = decode(now["token"], cache)
         hidden = jnp.where((count == 0)[:, None], kept["first"][slot], hidden)
         allowed = state = None
         if self.constraint is not None:
@@ -389,8 +442,8 @@ class SlotSampler:
             )  # fmt: skip
             left = jnp.maximum(kept["limits"][slot, sample] - count, 1)
             allowed = jax.vmap(self._allowed)(state, left)
-        keys = jax.vmap(jax.random.key)(kept["seeds"][slot, sample])
-        token, logp = self.choice(hidden @ head.T, keys, count, allowed)
+        uniform = kept["uniform"][slot, sample, count]
+        token, logp = self.choice(hidden @ head.T, uniform, allowed)
         if self.constraint is not None:
             state = self.constraint.advance(state, token)
         ended = jnp.any(token[:, None] == self._ends[None, :], axis=-1)
@@ -403,8 +456,6 @@ class SlotSampler:
             "next": now["next"] + jnp.sum(takes, axis=1, dtype=jnp.int32),
             "tokens": now["tokens"].at[slot, row, count - 1].set(token, mode="drop"),
             "logps": now["logps"].at[slot, row, count - 1].set(logp, mode="drop"),
-            "lengths": now["lengths"].at[slot, row].set(count, mode="drop"),
-            "finished": now["finished"].at[slot, row].set(ended, mode="drop"),
         }  # fmt: skip
 
     def _allowed(self, state: Any, room: Any) -> Any:

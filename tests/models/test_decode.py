@@ -8,6 +8,7 @@ import torch
 
 from aa_jax import models
 from aa_jax.errors import ConfigError
+from aa_jax.models import caches
 
 
 def test_ragged_decode_equals_full_forward(world, tmp_path):
@@ -40,25 +41,50 @@ def test_full_cache_is_left_alone(world):
     assert np.any(after["k"][:, 1, :, 3] != cache["k"][:, 1, :, 3])
 
 
-def test_the_cache_is_never_copied(world):
+@pytest.mark.parametrize("apart", [False, True], ids=["stacked", "by layer"])
+def test_the_cache_is_never_copied(world, apart):
     """A decoding loop updates its donated cache in place: the program holds no copy of it."""
     model = models.build(world.llama_config())
-    _, cache = jax.eval_shape(
-        lambda p: model.prefill(p, world.text_batch([5, 3], 5), 9), model.abstract()
-    )
+
+    def prefill(params):
+        cache = model.prefill(params, world.text_batch([5, 3], 5), 9)[1]
+        return caches.for_loop(cache) if apart else cache
+
+    cache = jax.eval_shape(prefill, model.abstract())
 
     def loop(params, cache):
+        decode = model.decoder(params)
+
         def step(i, carry):
             token, cache = carry
-            hidden, cache = model.decode(params, token, cache)
+            hidden, cache = decode(token, cache)
             return jnp.argmax(hidden, axis=-1).astype(jnp.int32), cache
 
         return jax.lax.fori_loop(0, 4, step, (jnp.zeros(2, jnp.int32), cache))
 
     program = jax.jit(loop, donate_argnums=1).lower(model.abstract(), cache).compile().as_text()
-    whole = "f32[2,2,2,9,4]"
-    assert cache["k"].shape == (2, 2, 2, 9, 4) and f"= {whole}" in program
-    assert not [line for line in program.splitlines() if f"= {whole}" in line and "copy(" in line]
+    layer, shape = (2, 2, 9, 4), "f32[2,2,9,4]" if apart else "f32[2,2,2,9,4]"
+    assert {x.shape for x in jax.tree.leaves((cache["k"], cache["v"]))} == {
+        layer if apart else (2, *layer)
+    }
+    made = [line.split(f"= {shape}")[1] for line in program.splitlines() if f"= {shape}" in line]
+    assert made and not [line for line in made if "copy(" in line]
+    if apart:  # nor is a layer, or its weights, taken out of a stack at every step
+        body = program[program.index("jit(loop)/while/body") :]
+        assert "dynamic-slice(" not in body and "f32[1,2,2,9,4]" not in program
+
+
+def test_by_layer_or_stacked(world):
+    """The same hidden states and the same keys."""
+    model = models.build(world.llama_config())
+    params = model.init(jax.random.key(0))
+    _, cache = jax.jit(model.prefill, static_argnums=2)(params, world.text_batch([5, 3], 5), 9)
+    token = jnp.array([7, 8], jnp.int32)
+    hidden, stacked = jax.jit(model.decode)(params, token, cache)
+    found, apart = jax.jit(model.decode)(params, token, caches.for_loop(cache))
+    np.testing.assert_allclose(found, hidden, atol=1e-6)
+    np.testing.assert_allclose(np.stack(apart["k"]), stacked["k"], atol=1e-6)
+    np.testing.assert_array_equal(apart["length"], stacked["length"])
 
 
 def test_cache_must_hold_the_prompt(world):

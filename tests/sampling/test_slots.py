@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from aa_jax.errors import ConfigError
+from aa_jax.models import caches
 from aa_jax.sampling import Choice, Forbid, SlotSampler, Stop, generate, make_sampler
 from aa_jax.sharding import make_mesh
 
@@ -86,6 +87,15 @@ def test_over_eight_devices(llava, expected):
     assert_same(found, samples)
 
 
+def test_with_one_array_for_all_layers(llava, expected, monkeypatch):
+    """As on accelerators, see `models.caches`."""
+    monkeypatch.setattr(caches, "for_loop", lambda cache: cache)
+    batch, seeds, samples = expected
+    mesh = make_mesh(data=2, devices=jax.devices()[:2])
+    found = run(llava, batch, seeds, mesh=mesh, slots=16, lanes=2)
+    assert_same(found, samples)
+
+
 def test_one_sample_of_one_prompt(llava, expected):
     batch, seeds, samples = expected
     (found,) = run(llava, batch, seeds[:1, 3:4], slots=1)
@@ -156,8 +166,9 @@ def test_a_prompt_is_prefilled_once(llava, expected, monkeypatch):
     sampler.run(params, COUNT, collate, seeds)
     assert asked == list(range(COUNT))
     shapes = jax.eval_shape(sampler._new_state, params, rows(batch, [0], 1))
-    assert shapes["prompt_k"].shape == (2, 2, 2, LENGTH, 6)  # one per slot,
-    assert shapes["k"].shape == (2, 4, 2, NEW, 6)  # and room for responses per lane
+    # Of each layer one per slot, and room for responses per lane.
+    assert [x.shape for x in shapes["prompt_k"]] == 2 * [(2, 2, LENGTH, 6)]
+    assert [x.shape for x in shapes["k"]] == 2 * [(4, 2, NEW, 6)]
 
 
 def test_what_cannot_be_is_refused(llava, expected):
