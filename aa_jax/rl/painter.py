@@ -65,7 +65,9 @@ class Painter:
             min_images=1, max_images=1,
         )  # fmt: skip
 
-    def read(self, responses: Sequence[Sequence[int] | np.ndarray]) -> list[tuple[str, tuple[np.ndarray, ...]]]:
+    def read(
+        self, responses: Sequence[Sequence[int] | np.ndarray]
+    ) -> list[tuple[str, tuple[np.ndarray, ...]]]:
         """(text with `PICTURE` in the places of its pictures, pictures [H, W, 3] uint8) of each.
 
         Args:

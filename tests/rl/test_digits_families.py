@@ -1,14 +1,16 @@
 """The reinforcement learning experiment of the digits world for every family, everything tiny."""
 
 import copy
-import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
+from aa_jax import models, small_models
 from aa_jax.errors import ConfigError
 from aa_jax.llf.respond import read_lines
+from aa_jax.models import adapt, heads
 from aa_jax.rl import digits_run, digits_table
 
 TEXT = {"dim": 32, "layers": 1, "heads": 2, "kv_heads": 2, "mlp_dim": 48}
@@ -102,3 +104,39 @@ def test_what_no_subtask_has_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="keeps a cost below a limit.*section cost"):
         digits_run.run(tmp_path / "a", **{**TINY, "algorithms": arms}, subtask="T2T")
     assert not (tmp_path / "a").exists()
+
+
+def finished(folder, name):
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / name / "done.json").write_text('{"summary": {}, "seconds": 0.0}')
+
+
+@pytest.mark.slow
+def test_a_policy_with_adapters(tmp_path):
+    """Only its linear layers move; the folder of the adapters alone makes the same policy."""
+    base = small_models.write_model(tmp_path / "sft/model", "T2T", max_digits=2, text=TEXT)
+    model, params = models.load(base)
+    head = heads.init_score_head(model, jax.random.key(1))
+    heads.save(tmp_path / "reward/model", model, {"model": params, "score_head": head},
+               extra_files_from=base)  # fmt: skip
+    for name in ("sft", "collect", "reward"):
+        finished(tmp_path, name)
+    arms = {"grpo": {"rollout": {"prompts": 2, "samples": 2}}}
+    config = {**TINY, "algorithms": arms, "lora": {"rank": 2}, "subtask": "T2T",
+              "optim": {"schedule": "constant", "warmup_steps": 0}}  # fmt: skip
+    found = digits_run.run(tmp_path, **config, stage="rl")
+    (cell,) = found["rl"]["cells"]
+    assert cell["arm"] == "grpo" and cell["updates"] == 1
+    folder = tmp_path / "rl/grpo_lr0.001"
+    moved = {}
+    before, after = (
+        models.names.flatten(tree) for tree in (params, models.load(folder / "model")[1])
+    )
+    for name, leaf in after.items():
+        moved[name] = float(np.abs(np.asarray(leaf) - np.asarray(before[name])).max())
+    assert all(value == 0 or "layers" in name for name, value in moved.items())
+    assert max(moved.values()) > 1e-5
+    adapted, merged = adapt.attach(model, params, path=folder / "adapter")
+    _, merged = adapt.dense(adapted, merged)
+    for name, leaf in models.names.flatten(merged).items():
+        np.testing.assert_allclose(leaf, after[name], atol=1e-6)
