@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from aa_jax import models, recipes
+from aa_jax.config.binding import bind
 from aa_jax.data import sources, templates
 from aa_jax.data.example import Example
 from aa_jax.errors import ConfigError, DataError
@@ -226,10 +227,12 @@ def run(
     if stage is None or stage in begin:
         if llava:
             for name in begin:
-                llf.run(workdir, seed=seed, max_digits=max_digits, stage=name, **start)
+                bind(llf.run, start, path="config.start", workdir=workdir, seed=seed,
+                     max_digits=max_digits, stage=name)()  # fmt: skip
         else:
-            first = digits_start.stages(workdir, asked, **start)
-            run_stages(workdir, first, only=stage)
+            first = bind(digits_start.stages, start, path="config.start", workdir=workdir,
+                         asked=asked)  # fmt: skip
+            run_stages(workdir, first(), only=stage)
         if stage in begin:
             return {stage: summary(workdir, stage)}
     stages = [

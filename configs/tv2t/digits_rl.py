@@ -24,9 +24,9 @@ def get_config() -> ConfigDict:
                 "text": {"dim": 64, "layers": 3, "heads": 4, "kv_heads": 4, "mlp_dim": 192},
                 "tower": {"dim": 64, "layers": 2, "heads": 4},
             },
-            "pretrain_examples": 16_000,
+            "pretrain_examples": 8000,
             "pretrain": {
-                **packed, "steps": 800, "optim": {"lr": 3e-3, "weight_decay": 0.01},
+                **packed, "steps": 1000, "optim": {"lr": 3e-3, "weight_decay": 0.01},
             },
             "demonstrations": {"n": 6000},
             "sft": {**packed, "steps": 250, "optim": {"lr": 1e-3, "weight_decay": 0.01}},
