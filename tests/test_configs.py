@@ -17,6 +17,7 @@ from aa_jax.llf.lab import Lab
 from aa_jax.llf.start import llava_config
 from aa_jax.models import adapt, heads
 from aa_jax.models.chameleon.tokenizer import build_tokenizer
+from aa_jax.rl import digits_start
 from aa_jax.rl.algorithms import find_algorithm
 from aa_jax.rl.estimators import find_estimator
 from aa_jax.rl.objectives import actor_critic, policy
@@ -220,5 +221,9 @@ def test_the_rl_configs_bind(path):
         options = {"loss": kind.loss, **own.get("objective", {})}
         model = models.build(PUBLISHED.LLAVA_7B)
         actor_critic(model, model, **options) if kind.critic else policy(model, **options)
-    if name == "digits_rl":
+    if name.startswith("digits_") and values.get("subtask", "TI2T") == "TI2T":
         config.bind(digits_run.run, cfg.start, path="config.start", workdir="run")
+    elif name.startswith("digits_"):
+        config.bind(digits_start.stages, cfg.start, path="config.start", workdir="r", asked=None)
+        for part in ("pretrain", "sft"):
+            config.bind(recipes.train, cfg.start[part], path=f"config.start.{part}")

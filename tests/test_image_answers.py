@@ -15,8 +15,14 @@ from aa_jax.data.digits import load_digits, render_strip
 from aa_jax.data.example import Example, Message, Part, message
 from aa_jax.data.processor import Processor
 from aa_jax.data.tokens import encode_example
-from aa_jax.errors import ModelError
-from aa_jax.models.chameleon.tokenizer import build_tokenizer, image_encoder, to_uint8
+from aa_jax.errors import ConfigError, ModelError
+from aa_jax.models.chameleon.tokenizer import (
+    build_tokenizer,
+    image_encoder,
+    save_tokenizer,
+    to_uint8,
+)
+from aa_jax.rl.actor import Actor
 from aa_jax.sampling import ImageSpans, generate, make_sampler
 from aa_jax.sharding import make_mesh
 
@@ -125,6 +131,33 @@ def test_sampled_answers_are_pictures(parts):
         assert len(found) == 1
         picture = to_uint8(np.asarray(decode(drawn, images.codes(found[0]).reshape(1, 2, 2))))[0]
         assert picture.shape == (8, 8, 3) and picture.dtype == np.uint8
+
+
+def test_a_policy_that_draws(parts, tmp_path):
+    """One image per response; what a reward sees is what its tokens decode to."""
+    model, params, processor, vq, drawn = parts
+    save_tokenizer(tmp_path / "vq", vq, drawn)
+    items = [encode_example(e.replace(responses=()), processor) for e in examples()]
+    plan = dict(prompt=plan_shapes(items, "prompt"), max_new_tokens=12, batch_rows=8)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    actor = Actor(
+        model, processor, mesh, images="one", image_tokenizer=str(tmp_path / "vq"), **plan
+    )
+    seeds = np.arange(8, dtype=np.uint32).reshape(4, 2)
+    samples = [one for group in actor.respond(params, items, seeds) for one in group]
+    for sample, (text, (picture,)) in zip(samples, actor.read(samples), strict=True):
+        assert text.split().count("<image>") == 1
+        codes = [t - 20 for t in np.asarray(sample.tokens) if 20 <= t < 36]
+        expected = vq.decode(drawn, np.array(codes, np.int32).reshape(1, 2, 2))
+        np.testing.assert_array_equal(picture, to_uint8(np.asarray(expected))[0])
+    with pytest.raises(ConfigError, match="give sampling.image_tokenizer"):
+        Actor(model, processor, mesh, images="one", **plan)
+    with pytest.raises(ConfigError, match="'two'; it must be free, never or one"):
+        Actor(model, processor, mesh, images="two", **plan)
+    other = build_tokenizer(image_recipe.digits_config(1, codes=8))
+    save_tokenizer(tmp_path / "8", other, other.init(jax.random.key(0)))
+    with pytest.raises(ModelError, match="names 16 image tokens.*has 8 codes"):
+        Actor(model, processor, mesh, images="one", image_tokenizer=str(tmp_path / "8"), **plan)
 
 
 def test_a_tokenizer_of_another_size_is_refused(parts):

@@ -13,6 +13,7 @@ from aa_jax import models
 from aa_jax.data.example import Example
 from aa_jax.data.processor import Processor
 from aa_jax.llf.respond import respond
+from aa_jax.models.chameleon.tokenizer import own_image_encoder
 from aa_jax.sampling import make_sampler
 from aa_jax.sharding import shardings
 
@@ -70,7 +71,9 @@ class Lab:
             folder, dtype=self.dtype, param_dtype=self.param_dtype, remat=self.remat,
             shardings=self.places,
         )  # fmt: skip
-        return model, params, Processor.from_pretrained(folder)
+        # Only a model that writes images has an encoder; with it, those it reads are tokens too.
+        encode = own_image_encoder(model, params)
+        return model, params, Processor.from_pretrained(folder, image_encoder=encode)
 
     def places(self, model: models.Model) -> Any:
         """Where the parameters of a model lie."""

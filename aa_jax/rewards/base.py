@@ -28,12 +28,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image
 
-from aa_jax.data.example import Example, message
+from aa_jax.data.example import Example, Message, Part, message
 from aa_jax.errors import AaJaxError, ConfigError
 
 log = logging.getLogger(__name__)
+
+PICTURE = "<image>"  # stands in a response's text where it holds a picture
 
 
 class RewardError(AaJaxError):
@@ -49,12 +52,14 @@ class Request:
       response: the answer's text, without its end token.
       reference: the truth to judge by: a gold answer, unit tests, a task, or None.
       meta: anything else, e.g. ``response_tokens`` (length in tokens).
+      pictures: what the response draws, in order; `PICTURE` stands in its text for each.
     """
 
     prompt: str | Example
     response: str
     reference: Any = None
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    pictures: tuple[UInt8[np.ndarray, "H W 3"], ...] = ()
 
     @property
     def text(self) -> str:
@@ -69,6 +74,29 @@ class Request:
         if isinstance(self.prompt, str):
             return Example((message("user", self.prompt),))
         return self.prompt
+
+    @property
+    def answered(self) -> Example:
+        """The prompt with the response behind it, pictures in their places.
+
+        Raises:
+          RewardError: the text has places for another number of pictures.
+        """
+        example = self.example
+        if not self.pictures:
+            return example.replace(responses=(self.response,))
+        texts = self.response.split(PICTURE)
+        if len(texts) != len(self.pictures) + 1:
+            raise RewardError(
+                f"a response with {len(self.pictures)} pictures has {len(texts) - 1} places for "
+                f"them: {PICTURE} must stand in its text once for each."
+            )
+        parts = [Part("text", text=texts[0])]
+        for k, text in enumerate(texts[1:]):
+            parts += [Part("image", index=len(example.media) + k), Part("text", text=text)]
+        answer = Message("assistant", tuple(p for p in parts if p.type != "text" or p.text))
+        media = (*example.media, *map(Image.fromarray, self.pictures))
+        return example.replace(responses=(answer,), media=media)
 
 
 @dataclasses.dataclass(frozen=True)

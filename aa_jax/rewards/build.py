@@ -22,7 +22,7 @@ from aa_jax.rewards.base import Clipped, Reward, Weighted
 from aa_jax.rewards.code import CodeTests
 from aa_jax.rewards.learned import CostModel, RewardModel
 from aa_jax.rewards.maths import Maths
-from aa_jax.rewards.oracle import Oracle
+from aa_jax.rewards.oracle import Drawing, Falsehood, Oracle
 from aa_jax.rewards.remote import HttpReward
 from aa_jax.rewards.text import ExactMatch, Format, Length, Overlong
 
@@ -37,6 +37,8 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "length": Length,
     "overlong": Overlong,
     "oracle": Oracle,
+    "drawing": Drawing,
+    "falsehood": Falsehood,
 }
 
 

@@ -12,6 +12,7 @@ from aa_jax.data.example import Example, InvalidRow
 from aa_jax.data.processor import Processor
 from aa_jax.data.tokens import encode_example
 from aa_jax.models import heads
+from aa_jax.models.chameleon.tokenizer import own_image_encoder
 from aa_jax.rewards.base import Request, Result
 from aa_jax.sharding import batch_devices, pad_rows, put_batch, shardings
 
@@ -42,31 +43,34 @@ class RewardModel:
         self.model, self.params = heads.load(
             path, dtype=dtype, shardings=lambda m: shardings(m.axes(), m.abstract(), mesh)
         )
-        self.processor = Processor.from_pretrained(path)
+        encode = own_image_encoder(self.model, self.params["model"])  # for responses that draw
+        self.processor = Processor.from_pretrained(path, image_encoder=encode)
         self.mesh, self.batch_rows = mesh, batch_rows
         self._score = jax.jit(lambda params, batch: heads.score(self.model, params, batch)[:, 0])
         self._shapes: Shapes | None = None
 
     def __call__(self, requests: Sequence[Request]) -> list[Result]:
         """One score per response."""
-        values = self.scores([r.example for r in requests], [r.response for r in requests])
-        return [Result(float(value)) for value in values]
+        return [Result(float(value)) for value in self._answered([r.answered for r in requests])]
 
     def scores(self, prompts: Sequence[Example], texts: Sequence[str]) -> np.ndarray:
         """[N] float32; an empty text gets the worst score of the others (0 if there is none)."""
+        pairs = zip(prompts, texts, strict=True)
+        return self._answered([prompt.replace(responses=(text,)) for prompt, text in pairs])
+
+    def _answered(self, examples: Sequence[Example]) -> np.ndarray:
         encoded, rows = [], []
-        for index, text in enumerate(texts):
+        for index, example in enumerate(examples):
             try:
-                one = prompts[index].replace(responses=(text,))
-                encoded.append(encode_example(one, self.processor))
+                encoded.append(encode_example(example, self.processor))
                 rows.append(index)
             except InvalidRow as error:
                 if error.reason != "empty response":
                     raise
-        found = np.full(len(texts), np.nan, np.float32)
+        found = np.full(len(examples), np.nan, np.float32)
         found[rows] = self._scores(encoded) if encoded else []
         # Only empty ones: a model that answers NaN is not silently given the worst score.
-        empty = np.ones(len(texts), bool)
+        empty = np.ones(len(examples), bool)
         empty[rows] = False
         known = found[np.isfinite(found)]
         worst = self.worst(known) if len(known) else np.float32(0)

@@ -31,6 +31,9 @@ def request_to_json(request: Request) -> dict[str, Any]:
             "this reward in the training process."
         ) from None
     found = {"response": request.response, "reference": request.reference}
+    if request.pictures:
+        drawn = map(Image.fromarray, request.pictures)
+        found["pictures"] = [_media_to_json(picture, "a response") for picture in drawn]
     found["meta"] = {name: value for name, value in request.meta.items() if _is_plain(value)}
     if isinstance(request.prompt, str):
         return found | {"prompt": request.prompt}
@@ -60,9 +63,11 @@ def request_from_json(values: Any) -> Request:
             )
         else:
             prompt = str(values["prompt"])
+        drawn = (_media_from_json(item) for item in values.get("pictures", ()))
         return Request(
-            prompt, str(values["response"]), values.get("reference"), dict(values.get("meta") or {})
-        )
+            prompt, str(values["response"]), values.get("reference"),
+            dict(values.get("meta") or {}), tuple(np.asarray(picture) for picture in drawn),
+        )  # fmt: skip
     except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
         raise DataError(
             f"a request is a mapping with 'prompt' (or 'messages' and 'media') and 'response': "

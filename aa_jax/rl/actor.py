@@ -12,7 +12,9 @@ from aa_jax.data.collate import Batch, Shapes, collate
 from aa_jax.data.tokens import Encoded
 from aa_jax.errors import ConfigError
 from aa_jax.models import Model, heads
+from aa_jax.rl.painter import Painter
 from aa_jax.sampling import Choice, Forbid, Sample, SlotSampler, Stop
+from aa_jax.sampling.constraints import Constraint
 from aa_jax.sharding import batch_devices, pad_rows, put_batch
 
 
@@ -31,10 +33,14 @@ class Actor:
       top_k: tokens kept; 0 keeps all.
       min_p: least probability relative to the highest; 0 keeps all.
       stop: texts that end a response, besides the end tokens.
-      images: "free", or "never" for text answers of a model that can write images.
+      images: "free"; "never" for text answers of a model that can write images; "one" for answers
+        that hold exactly one, with any text around it.
+      image_tokenizer: folder of an image tokenizer with a decoder, which makes the images of
+        "one" pictures that rewards can see.
 
     Raises:
-      ConfigError: `images` is neither.
+      ConfigError: `images` is none of these, or "one" without a tokenizer.
+      ModelError: the tokenizer is not the model's.
     """
 
     def __init__(
@@ -52,14 +58,21 @@ class Actor:
         min_p: float = 0.0,
         stop: Sequence[str] = (),
         images: str = "free",
+        image_tokenizer: str | None = None,
     ):
         self.model, self.processor, self.mesh = model, processor, mesh
         self.prompt_shapes, self.max_new_tokens = prompt, max_new_tokens
         self.batch_rows, self.temperature = batch_rows, temperature
         self._choices = {False: Choice(temperature, top_p, top_k, min_p), True: Choice(0.0)}
-        self._constraint = _no_images(model) if images == "never" else None
-        if images not in ("free", "never"):
-            raise ConfigError(f"sampling.images is {images!r}; it must be free or never.")
+        self._painter = None
+        self._constraint: Constraint | None = None
+        if images == "never":
+            self._constraint = _no_images(model)
+        elif images == "one":
+            self._painter = Painter(model, processor, image_tokenizer)
+            self._constraint = self._painter.spans
+        elif images != "free":
+            raise ConfigError(f"sampling.images is {images!r}; it must be free, never or one.")
         self._stop = Stop(tuple(stop), processor.decode) if stop else None
         self._samplers: dict[tuple, SlotSampler] = {}
         # Sampled at temperature t, a token's probability is softmax(logits / t).
@@ -108,6 +121,12 @@ class Actor:
     def text(self, sample: Sample) -> str:
         """The response as text, without its end token."""
         return self.processor.decode(sample.tokens)
+
+    def read(self, samples: Sequence[Sample]) -> list[tuple[str, tuple[np.ndarray, ...]]]:
+        """Text and pictures of every response, see `aa_jax.rewards.base.Request`."""
+        if self._painter is not None:
+            return self._painter.read([sample.tokens for sample in samples])
+        return [(self.text(sample), ()) for sample in samples]
 
     def logps(self, params: Any, batch: Batch, rows: int) -> np.ndarray:
         """Log-probabilities [B, S, R] float32 of a group batch, ``rows`` at a time."""

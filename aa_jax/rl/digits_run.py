@@ -1,10 +1,12 @@
 """Reinforcement learning on the digits world: does a learned reward raise the true score?
 
-Starts from the initial model of an LLF run (`aa_jax.llf.digits_run`): a reward model learns from
-pairs of that model's answers, labelled by the oracle or by the annotators; policies are trained
-against it by several algorithms over the same learning rates. The rate is chosen on validation
-prompts twice, by the oracle and by the reward model, which is all a real run has: the second
-choice shows what that costs. Test prompts are answered once and graded by the oracle.
+The same experiment for every subtask and family. It starts from an initial model made by SFT on
+imperfect demonstrations (`aa_jax.llf.digits_run` for LLaVA, `aa_jax.rl.digits_start` for the
+others): a reward model learns from pairs of that model's answers, labelled by the oracle or by the
+annotators; policies are trained against it by several algorithms over the same learning rates. The
+rate is chosen on validation prompts twice, by the oracle and by the reward model, which is all a
+real run has: the second choice shows what that costs. Test prompts are answered once and graded by
+the oracle.
 """
 
 import json
@@ -15,19 +17,25 @@ from typing import Any
 import numpy as np
 
 from aa_jax import hosts, models, recipes
-from aa_jax.data import digits, sources, templates
+from aa_jax.config.binding import bind
+from aa_jax.data import sources, templates
 from aa_jax.data.example import Example
 from aa_jax.errors import ConfigError, DataError
 from aa_jax.llf import digits_run as llf
 from aa_jax.llf import digits_world as world
 from aa_jax.llf.lab import Lab, Lengths
-from aa_jax.llf.prompts import Lazy
 from aa_jax.llf.respond import read_lines
 from aa_jax.llf.stages import Stage, run_stages, summary, write_json
-from aa_jax.models import heads
+from aa_jax.models import adapt, heads
+from aa_jax.rewards.base import Reward, evaluate
+from aa_jax.rewards.build import make_reward
 from aa_jax.rewards.learned import RewardModel
 from aa_jax.rewards.oracle import Oracle
+from aa_jax.rl import digits_start
+from aa_jax.rl.algorithms import find_algorithm
+from aa_jax.rl.digits_subtasks import subtask_of
 from aa_jax.rl.train import train
+from aa_jax.runs import save
 from aa_jax.sharding.mesh import make_mesh
 from aa_jax.training.metrics import read_metrics
 
@@ -43,7 +51,10 @@ def run(
     lrs: Sequence[float],
     rollout: Mapping[str, Any],
     reward: Mapping[str, Any],
+    subtask: str = "TI2T",
     labels: str = "oracle",
+    cost: Mapping[str, Any] | None = None,
+    lora: Mapping[str, Any] | None = None,
     prompts: int = 3000,
     validation_prompts: int = 256,
     test_prompts: int = 1024,
@@ -60,14 +71,21 @@ def run(
     Args:
       workdir: run directory. The stages the initial model comes from are run in it if they are not
         finished there.
-      start: keyword arguments of `aa_jax.llf.digits_run.run` for those stages.
+      start: keyword arguments of `aa_jax.llf.digits_run.run` (TI2T) or of
+        `aa_jax.rl.digits_start.stages` (the others) for those stages.
       algorithms: arm -> its own keyword arguments of `aa_jax.rl.train.train`, with `algorithm` if
         the arm is not named like one; a `rollout` among them adds to the common one; `reward` is
-        "learned" (the reward model) or "oracle" (the truth itself, as a verifiable reward).
+        "learned" (the reward model), "oracle" (the truth itself, as a verifiable reward), or a
+        section as `aa_jax.rewards.build.make_reward` reads it.
       lrs: learning rates, the same for every algorithm.
       rollout: keyword arguments of `Plan`, common to all.
       reward: keyword arguments of `recipes.train` for the reward model.
-      labels: who labels its pairs, "oracle" or "annotators".
+      subtask: a key of `aa_jax.small_models.SHOWN`, which decides the family.
+      labels: who labels its pairs, "oracle" or, of TI2T, "annotators".
+      cost: a section as `make_reward` reads it: what algorithms with a cost keep below their
+        limit. Every row of the result then has its mean.
+      lora: keyword arguments of `aa_jax.models.adapt.attach`: policies and critics train adapters
+        on the initial model. `model/` of a cell has them merged in, `adapter/` holds them.
       prompts: to train on; not those of the reward model's pairs.
       validation_prompts: on which the learning rates are chosen.
       test_prompts: held out, images of test digits.
@@ -85,31 +103,23 @@ def run(
     Raises:
       ConfigError: unknown labels.
     """
-    for arm, own in algorithms.items():
-        if own.get("reward", "learned") not in ("learned", "oracle"):
-            raise ConfigError(f"algorithms.{arm}.reward must be learned or oracle.")
-    if labels not in LABELS:
-        raise ConfigError(f"labels is {labels!r}; it must be one of {', '.join(LABELS)}.")
     hosts.only_one("the digits experiment")
+    _check(subtask, labels, algorithms, cost)
     workdir = Path(workdir)
     lab = Lab(
         workdir=workdir, mesh=make_mesh(**(mesh or {})), seed=seed,
         lengths=Lengths(**llf.default_lengths(max_digits)), **(sampling or {}),
     )  # fmt: skip
-    base = str(workdir / llf.BASE)
+    asked = subtask_of(subtask, lab, max_digits, str(workdir / digits_start.TOKENIZER))
+    llava = subtask == "TI2T"
+    begin = START if llava else digits_start.STAGES
+    base = str(workdir / digits_start.BASE)
     shown = int(start.get("preference_prompts", 3200))
-
-    def records(split: str, count: int, offset: int = 0) -> Sequence:
-        every = digits.evaluation_prompts(offset + count, seed, split, max_digits=max_digits)
-        return Lazy(count, lambda i: every[offset + i])
-
-    def tasks(of: Sequence) -> Sequence[Example]:
-        return Lazy(
-            len(of), lambda i: of[i].to_data_example(()).replace(meta={"reference": of[i].task})
-        )
+    collected = asked.records("train", shown)
 
     def reward_stage(folder: Path) -> dict:
-        pairs = labelled_pairs(workdir, records("train", shown), labels)
+        asked.fit(base)
+        pairs = labelled_pairs(workdir, asked, collected, labels)
         if len(pairs) < 2:
             raise DataError(
                 f"{len(pairs)} of {shown} pairs of answers in {workdir / 'collect'} can be "
@@ -129,24 +139,26 @@ def run(
         return {**figures, "held_out_accuracy": last[-1]["eval/accuracy"]}
 
     def judge() -> RewardModel:
+        asked.fit(base)
         return RewardModel(str(workdir / "reward/model"), mesh=lab.mesh)
+
+    def priced() -> Reward | None:
+        return cost and make_reward({"kind": "cost", **cost}, mesh=lab.mesh, path="config.cost")
 
     def rl_stage(folder: Path) -> dict:
         cells = []
-        graded = records("validation", validation_prompts)
-        validation, learned = tasks(graded), judge()
+        graded = asked.records("validation", validation_prompts)
+        learned = judge()
         for arm, own in algorithms.items():
             for lr in lrs:
                 cell = folder / f"{arm}_lr{lr:g}"
                 if not (cell / "cell.json").exists():
                     write_json(cell / "cell.json", cell_of(cell, arm, dict(own), lr, learned))
                 params = models.load(str(cell / "model"), dtype=lab.dtype)[1]
-                answers = lab.answer(
-                    cell / "validation.jsonl", validation, kind="answer", params=params, base=base
-                )
+                answers = asked.answer(cell / "validation.jsonl", graded, params=params, base=base)
                 figures = {
-                    "reward": np.mean(learned.scores(validation, [a["text"] for a in answers])),
-                    "oracle": np.mean(world.scores(graded, answers)["mean"]),
+                    "reward": evaluate(learned, asked.requests(graded, answers)).values.mean(),
+                    "oracle": np.mean(asked.scores(graded, answers)["mean"]),
                 }
                 line = json.loads((cell / "cell.json").read_text())
                 cells.append(line | {key: float(value) for key, value in figures.items()})
@@ -162,17 +174,25 @@ def run(
     def cell_of(cell: Path, arm: str, own: dict, lr: float, learned: RewardModel) -> dict:
         model, params, processor = lab.load(base)
         stage_name = f"rl.{cell.name}"
-        payer = {"learned": learned, "oracle": Oracle()}[own.pop("reward", "learned")]
+        algorithm = own.pop("algorithm", arm)
+        payer: Any = own.pop("reward", "learned")
+        if isinstance(payer, str):
+            payer = {"learned": learned, "oracle": Oracle()}[payer]
+        else:
+            payer = make_reward(payer, mesh=lab.mesh, path=f"config.algorithms.{arm}.reward")
+        if find_algorithm(algorithm).costs:
+            own["cost"] = priced()
+        if lora is not None:
+            adapters = {"seed": lab.stream(stage_name), **lora}
+            model, params = adapt.attach(model, params, shardings=lab.places, **adapters)
         final, figures = train(
-            own.pop("algorithm", arm), model=model, params=params, processor=processor,
-            prompts=tasks(records("train", prompts, shown)), reward=payer, workdir=workdir,
-            mesh=lab.mesh, frozen=frozen, seed=lab.stream(stage_name), stage=stage_name,
-            rollout={**rollout, **own.pop("rollout", {})},
-            sampling={"max_new_tokens": lab.lengths.answer, "batch_rows": lab.batch_rows,
-                      "temperature": lab.temperature},
-            optim={**(optim or {}), "lr": lr}, **own,
+            algorithm, model=model, params=params, processor=processor,
+            prompts=asked.asked(asked.records("train", prompts, shown)), reward=payer,
+            workdir=workdir, mesh=lab.mesh, frozen=frozen, seed=lab.stream(stage_name),
+            stage=stage_name, rollout={**rollout, **own.pop("rollout", {})},
+            sampling=asked.sampling(), optim={**(optim or {}), "lr": lr}, **own,
         )  # fmt: skip
-        models.save(cell / "model", model, final, extra_files_from=base, overwrite=True)
+        save(cell, model, final, base)
         last = read_metrics(workdir, stage=f"{stage_name}.rollout")[-1]
         return {
             "arm": arm, "lr": lr, "updates": figures["updates"], "kl": last.get("kl"),
@@ -181,32 +201,40 @@ def run(
 
     def evaluate_stage(folder: Path) -> dict:
         chosen = summary(workdir, "rl")["chosen"]
-        test = records("test", test_prompts)
-        asked, learned, result, tables = tasks(test), judge(), {}, {}
+        test = asked.records("test", test_prompts)
+        learned, dear, result, tables = judge(), priced(), {}, {}
         named = {"initial": base} | {
             arm if by == "oracle" else f"{arm}_by_reward": str(workdir / f"rl/{arm}_lr{lr:g}/model")
-            for by in ("oracle", "reward")
+            for by in (("oracle", "reward") if len(lrs) > 1 else ("oracle",))
             for arm, lr in chosen[by].items()
         }
         for name, model in named.items():
             for greedy in (False, True):
                 row = f"{name}_greedy" if greedy else name
-                answers = lab.answer(
-                    folder / f"{row}.jsonl", asked, kind="answer", params=lab.load(model)[1],
-                    base=base, greedy=greedy,
+                answers = asked.answer(
+                    folder / f"{row}.jsonl", test, params=lab.load(model)[1], base=base,
+                    greedy=greedy,
                 )  # fmt: skip
-                tables[row] = world.scores(test, answers)
+                requests = asked.requests(test, answers)
+                tables[row] = asked.scores(test, answers)
+                if dear is not None:
+                    tables[row]["cost"] = evaluate(dear, requests).values.astype(float).tolist()
                 write_json(folder / f"{row}_scores.json", tables[row])
                 against = tables["initial_greedy" if greedy else "initial"]
                 result[row] = {k: list(v) for k, v in world.summarise(tables[row], against).items()}
-                paid = learned.scores(asked, [a["text"] for a in answers])
-                result[row]["reward"] = float(np.mean(paid))
+                result[row]["reward"] = float(evaluate(learned, requests).values.mean())
         return result
 
-    if stage is None or stage in START:
-        for name in START:
-            llf.run(workdir, seed=seed, max_digits=max_digits, stage=name, **start)
-        if stage in START:
+    if stage is None or stage in begin:
+        if llava:
+            for name in begin:
+                bind(llf.run, start, path="config.start", workdir=workdir, seed=seed,
+                     max_digits=max_digits, stage=name)()  # fmt: skip
+        else:
+            first = bind(digits_start.stages, start, path="config.start", workdir=workdir,
+                         asked=asked)  # fmt: skip
+            run_stages(workdir, first(), only=stage)
+        if stage in begin:
             return {stage: summary(workdir, stage)}
     stages = [
         Stage(
@@ -218,17 +246,30 @@ def run(
     return run_stages(workdir, stages, only=stage)
 
 
-def labelled_pairs(workdir: Path, records: Sequence, labels: str) -> list[Example]:
+def labelled_pairs(workdir: Path, asked: Any, records: Sequence, labels: str) -> list[Example]:
     """Two answers of the initial model per prompt, (better, worse); ties are left out."""
     if labels == "annotators":
         rows = sources.open_source(str(workdir / "collect/preferences.parquet"))
         return [templates.TEMPLATES["AA_TI2T"].preference(row) for row in rows]
     first, second = (read_lines(workdir / f"collect/response_{k}.jsonl") for k in (1, 2))
-    pairs = []
-    for record, a, b in zip(records, first, second, strict=True):
-        usable = a["finished"] and b["finished"] and a["text"].strip() and b["text"].strip()
-        better = digits.prefer(record.task, a["text"], b["text"]) if usable else 0
-        if better:
-            texts = (a["text"], b["text"]) if better == 1 else (b["text"], a["text"])
-            pairs.append(record.to_data_example(texts))
-    return pairs
+    return asked.pairs(records, first, second)
+
+
+def _check(subtask: str, labels: str, algorithms: Mapping[str, Mapping], cost: Any) -> None:
+    known = LABELS if subtask == "TI2T" else LABELS[:1]
+    if labels not in known:
+        raise ConfigError(
+            f"labels is {labels!r}; of {subtask} it must be one of {', '.join(known)}."
+        )
+    for arm, own in algorithms.items():
+        payer = own.get("reward", "learned")
+        if isinstance(payer, str) and payer not in ("learned", "oracle"):
+            raise ConfigError(
+                f"algorithms.{arm}.reward is {payer!r}; it must be learned, oracle, or a section "
+                "that describes a reward."
+            )
+        if find_algorithm(own.get("algorithm", arm)).costs and not cost:
+            raise ConfigError(
+                f"algorithms.{arm} keeps a cost below a limit, but the run has none: give the "
+                "section cost, e.g. {'kind': 'falsehood'}."
+            )

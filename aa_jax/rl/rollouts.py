@@ -249,8 +249,10 @@ class Rollouts(Iterator[Batch]):
         encoded = [self.prompts[i] for i in indices]
         seeds = self._generator(2).integers(0, 2**32, (plan.prompts, plan.samples), np.uint32)
         samples = actor.respond(params, encoded, seeds)
-        texts = [[actor.text(sample) for sample in group] for group in samples]
-        requests = self._requests(indices, texts, samples)
+        read = iter(actor.read([sample for group in samples for sample in group]))
+        answers = [[next(read) for _ in group] for group in samples]
+        texts = [[text for text, _ in group] for group in answers]
+        requests = self._requests(indices, answers, samples)
         scores = self._judged(self.reward, requests)
         valid = scores.valid.reshape(plan.prompts, plan.samples)
         rewards = scores.values.reshape(valid.shape)
@@ -306,17 +308,18 @@ class Rollouts(Iterator[Batch]):
         return batch
 
     def _requests(
-        self, indices: Sequence[int], texts: Sequence[Sequence[str]], samples: Any
+        self, indices: Sequence[int], answers: Sequence[Sequence[tuple]], samples: Any
     ) -> list[Request]:
         requests = []
-        for index, group, answers in zip(indices, texts, samples, strict=True):
+        for index, group, sampled in zip(indices, answers, samples, strict=True):
             prompt = self.sources[index]
-            for text, sample in zip(group, answers, strict=True):
+            for (text, pictures), sample in zip(group, sampled, strict=True):
                 meta = {
                     **prompt.meta, "response_tokens": len(sample.tokens),
                     "finished": sample.finished,
                 }  # fmt: skip
-                requests.append(Request(prompt, text, prompt.meta.get(self._reference_key), meta))
+                truth = prompt.meta.get(self._reference_key)
+                requests.append(Request(prompt, text, truth, meta, pictures))
         return requests
 
     def _judged(self, reward: Any, requests: Sequence[Request]) -> Scores:

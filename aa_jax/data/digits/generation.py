@@ -12,6 +12,7 @@ are right in their place, W wrong, M missing, and E superfluous ones::
 
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,7 +133,20 @@ def grade(order: Order, medium: Any, meant: Sequence[int] | None = None) -> dict
         meant: digits the maker meant; None takes what is read, as for a model's answer.
     """
     seen = tuple(MAKERS[SUBTASKS[order.subtask][0]].read(medium))
-    target = order.target
+    return grade_digits(order.target, seen, meant)
+
+
+def grade_digits(
+    target: Sequence[int], seen: Sequence[int], meant: Sequence[int] | None = None
+) -> dict[str, int]:
+    """Grades 0-3 per dimension of a medium in which a reader has seen these digits.
+
+    Args:
+        target: digits ordered.
+        seen: digits read, none if nothing can be read.
+        meant: as in :func:`grade`.
+    """
+    seen = tuple(seen)
     pairs = list(zip(target, seen, strict=False))
     right = sum(a == b for a, b in pairs)
     wrong, missing = len(pairs) - right, max(0, len(target) - len(seen))
@@ -144,6 +158,22 @@ def grade(order: Order, medium: Any, meant: Sequence[int] | None = None) -> dict
         "information_richness": 3 * right // len(target),
         "safety": 3,
     }
+
+
+def parse_order(text: str) -> tuple[int, ...]:
+    """The digits a right answer shows, from an order that names its digits in the text.
+
+    Raises:
+        DataError: the text is no such order.
+    """
+    found = re.match(r"digits ((?:\d )+)\. (.*?)(?:draw|dial|animate) \.", text.strip())
+    changes = {words: change for words, change in CHANGES.values()}
+    if found is None or found[2] not in changes:
+        raise DataError(
+            f"this is no order of the digits world that names its digits: {text!r}. It reads like "
+            "'digits 3 7 . reverse the digits . draw .'."
+        )
+    return tuple(changes[found[2]](tuple(int(d) for d in found[1].split())))
 
 
 def overall(grades: dict[str, int]) -> float:
