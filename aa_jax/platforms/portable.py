@@ -37,7 +37,8 @@ def export(
       ``jax.tree.leaves``: a file cannot name the classes of an optimizer's state.
 
     Raises:
-      ConfigError: the program holds a custom call or an operation that the platform does not allow.
+      ConfigError: the program holds a custom call or an operation that the platform does not allow
+        or that JAX cannot lower for it.
     """
     import jax
     import jax.export
@@ -48,13 +49,19 @@ def export(
     def flat(*leaves: Any) -> list[Any]:
         return jax.tree.leaves(function(*jax.tree.unflatten(structure, leaves)))
 
-    with compiling_for(Target(backend, 1)):
-        exported = jax.export.export(
-            jax.jit(flat),
-            platforms=(backend,),
-            # Run on another platform only to check what it computes.
-            disabled_checks=[jax.export.DisabledSafetyCheck.platform()],
-        )(*leaves)
+    try:
+        with compiling_for(Target(backend, 1)):
+            exported = jax.export.export(
+                jax.jit(flat),
+                platforms=(backend,),
+                # Run on another platform only to check what it computes.
+                disabled_checks=[jax.export.DisabledSafetyCheck.platform()],
+            )(*leaves)
+    except NotImplementedError as error:  # an operation with rules for certain platforms alone
+        raise ConfigError(
+            f"the program cannot be lowered for the platform {platform.name!r}: {error}. Leave out "
+            "what needs this operation, or write it in portable ones."
+        ) from error
     check(exported.mlir_module(), platform)
     if path is not None:
         Path(path).write_bytes(exported.serialize())
