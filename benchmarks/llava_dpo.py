@@ -37,6 +37,7 @@ from aa_jax.data.tokens import Encoded
 from aa_jax.llf.start import llava_config
 from aa_jax.sampling import Samples, generate, make_sampler
 from aa_jax.sharding import make_mesh, shardings
+from aa_jax.training.flops import matmul_flops
 from aa_jax.training.optim import make_optimizer
 from aa_jax.training.state import init_state
 from aa_jax.training.step import make_step
@@ -171,7 +172,8 @@ def dpo_step(
 
     With ``cached`` the reference's log-probs are in the batch, computed once; else the step
     computes them from the reference's parameters. ``update.temporary`` is the compiler's account
-    of the bytes a step needs beside its arguments and results.
+    of the bytes a step needs beside its arguments and results, ``update.flops`` the arithmetic of
+    its matrix products.
     """
     mesh = make_mesh(devices=jax.devices()[:1])
     batch = collate(items, shapes, layout, pad_id=PAD)
@@ -193,6 +195,7 @@ def dpo_step(
 
     compiled = step.lower(state, batch, **roles).compile()
     update.temporary = int(compiled.memory_analysis().temp_size_in_bytes)
+    update.flops = matmul_flops(step.trace(state, batch, **roles).jaxpr)
     return update
 
 
@@ -294,6 +297,7 @@ def run(name: str, size: Size, options: argparse.Namespace, folder: Path) -> dic
         NAIVE: ours(plan_shapes(pool, "preference_rows"), "preference_rows", cached=False),
     }
     temporary = {side: step.temporary for side, step in steps.items() if side not in (TRL, BARE)}
+    flops = {side: steps[side].flops for side in temporary}
     first, figures = {}, {}
     for side, step in steps.items():
         first[side], figure = timed(step)
@@ -305,6 +309,8 @@ def run(name: str, size: Size, options: argparse.Namespace, folder: Path) -> dic
     tokens = sum(len(item.prompt) + sum(map(len, item.responses)) for item in items)
     print("temporary memory of a compiled update:", ", ".join(
         f"{side} {size / 2**20:,.0f} MiB" for side, size in temporary.items()))  # fmt: skip
+    print("matrix products of an update: " + ", ".join(
+        f"{side} {count / 1e9:,.0f} GFLOP" for side, count in flops.items()))  # fmt: skip
     training = compare(steps, (TRL, BARE, NAIVE), tokens, first, options)
     show(f"DPO update: {size.pairs} pairs, {tokens} tokens (a pair's prompt counts once, padding "
          "does not)", training)  # fmt: skip
@@ -328,7 +334,13 @@ def run(name: str, size: Size, options: argparse.Namespace, folder: Path) -> dic
          "included)", sampled)  # fmt: skip
     return {
         "size": dataclasses.asdict(size),
-        "dpo": {**training, "losses": losses, "gaps": gaps, "temporary_bytes": temporary},
+        "dpo": {
+            **training,
+            "losses": losses,
+            "gaps": gaps,
+            "temporary_bytes": temporary,
+            "flops": flops,
+        },
         "sampling": {**sampled, "gap": worst},
     }
 
