@@ -107,25 +107,31 @@ def quantize(kernel: Kernel, how: Quantization) -> tuple[Codes, Scales]:
 
 
 def dequantize(codes: Codes, scales: Scales) -> Kernel:
-    """The kernel that codes and scales stand for, fp32; the codes' type says which kind."""
-    if codes.dtype == jnp.int8:
-        unit = codes.astype(jnp.float32) / 127.0
-    else:
-        halves = jnp.stack([codes >> 4, codes & 15], axis=-2)
-        unit = _nf4(halves.reshape(*codes.shape[:-2], -1, codes.shape[-1]))
-    *layers, n_in, n_out = unit.shape
-    unit = unit.reshape(*layers, scales.shape[-2], -1, n_out)
-    wide = unit * jnp.broadcast_to(scales[..., None, :], unit.shape)
+    """The kernel that codes and scales stand for, fp32; the codes' type says which kind.
+
+    Scales are multiplied with what is the same for all kernels (steps, the table) before either
+    meets a kernel: a number broadcast to a kernel's size by itself is one that a loop over layers
+    keeps in memory from its start to its end.
+    """
+    nf4 = codes.dtype == jnp.uint8
+    if nf4:
+        codes = jnp.stack([codes >> 4, codes & 15], axis=-2)
+        codes = codes.reshape(*codes.shape[:-3], -1, codes.shape[-1])
+    *layers, n_in, n_out = codes.shape
+    codes = codes.reshape(*layers, scales.shape[-2], -1, n_out)
+    scales = scales[..., None, :]
+    wide = _nf4(codes, scales) if nf4 else codes.astype(jnp.float32) * (scales / 127.0)
     return wide.reshape(*layers, n_in, n_out)
 
 
-def _nf4(codes: Array) -> Array:
-    """Table values by selecting on one bit after another: a lookup is slow on every platform."""
-    values: list[Any] = list(NF4)
+def _nf4(codes: Array, scales: Array) -> Array:
+    """Table value times scale, by selecting on one bit after another: a lookup is slow on every
+    platform."""
+    values = [value * scales for value in NF4]
     for bit in range(4):
         chosen = (codes >> bit) & 1 == 1
         values = [
-            jnp.where(chosen, jnp.float32(odd) if bit == 0 else odd, even)
+            jnp.where(chosen, odd, even)
             for even, odd in zip(values[::2], values[1::2], strict=True)
         ]
     return values[0]

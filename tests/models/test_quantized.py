@@ -82,7 +82,8 @@ def test_errors_stay_within_half_a_step(kind):
     assert (np.abs(back - kernel) <= most * step / 2 * 1.0001).all()
     again = quantize(back, how)
     np.testing.assert_array_equal(again[0], codes)
-    np.testing.assert_array_equal(*(dequantize(*pair) for pair in (again, (codes, scales))))
+    # nf4's largest value is its scale; 127 steps of scale / 127 may be one rounding off it.
+    np.testing.assert_allclose(dequantize(*again), back, rtol=0 if kind == "nf4" else 2e-7)
     zero = quantize(jnp.zeros((4, 2)), how)
     np.testing.assert_array_equal(dequantize(*zero), np.zeros((4, 2)))
 
@@ -160,9 +161,11 @@ def test_bytes_of_llama_2_7b(kind, bits):
     assert sum(size.values()) - stored == 2 * (6_738_415_616 - kernels)
 
 
-def test_no_wide_kernel_waits_for_the_backward_pass():
-    """Layers of 1 MiB in fp32: sixteen more of them add far less than sixteen to the memory."""
-    how, dim = Quantization(), 512
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_wide_kernel_waits_for_the_backward_pass(kind):
+    """Layers of 1 MiB in fp32: sixteen more of them add far less than sixteen to the memory, and
+    sixteen of them need that of a few: neither kernels are kept, nor the table at their size."""
+    how, dim = Quantization(kind), 512
 
     def loss(x, parts):
         step = lambda x, layer: (jnp.tanh(multiply(x, *layer)), None)  # noqa: E731
@@ -176,6 +179,7 @@ def test_no_wide_kernel_waits_for_the_backward_pass():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(32) - temporary(16) < 4 * 2**20
+    assert temporary(16) < 4 * 2**20
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("nf4", 4.5), ("int8", 8.03)])
