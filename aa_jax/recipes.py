@@ -30,6 +30,7 @@ from aa_jax.errors import CheckpointError, ConfigError
 from aa_jax.models import Model, heads
 from aa_jax.recipe_table import RECIPES, Recipe, find_recipe
 from aa_jax.sharding import batch_devices, put_batch, shardings, share
+from aa_jax.towers import computed_ahead
 from aa_jax.training.loop import fit
 from aa_jax.training.optim import make_optimizer
 from aa_jax.training.state import init_state
@@ -63,6 +64,7 @@ def train(
     pack_length: int | None = None,
     buckets: int = 1,
     reference_cache: str | Path | None = None,
+    tower_cache: str | Path | None = None,
     checkpoint_every: int | None = None,
     log_every: int = 10,
     workers: int = 2,
@@ -99,6 +101,8 @@ def train(
       buckets: most row lengths that batches are padded to; above 1 a batch holds examples of
         similar length, and each row length compiles the step once.
       reference_cache: file that keeps the reference log-probs, for other runs on the same data.
+      tower_cache: folder that keeps the features of a frozen tower, for this and other runs; they
+        are computed before training, and the tower does not run in it (`aa_jax.towers`).
       checkpoint_every: updates between checkpoints.
       log_every: updates per line of metrics.
       workers: threads that read and decode batches while the devices compute; 0: none.
@@ -128,7 +132,20 @@ def train(
     # Built first: a wrong option is an error before anything is read or computed.
     loss = row.objective(model, **options)
     layout = row.layout if share_prefix or row.layout != "preference" else "preference_rows"
-    data = _encode(examples, processor, rule)
+    frozen = (*model.frozen, *frozen)
+
+    def encode(examples: Any) -> Any:
+        data = _encode(examples, processor, rule)
+        if tower_cache is None:
+            return data
+        return computed_ahead(
+            model, params, data, processor=processor, frozen=frozen, folder=tower_cache,
+            mesh=mesh, batch_rows=batch_rows, threads=workers,
+        )  # fmt: skip
+
+    data, held_out = encode(examples), None
+    if eval_examples is not None:
+        held_out = encode(eval_examples)
     if row.task in ("unpaired", "judgment", "graded") and any(size.trained for size in data.sizes):
         raise ConfigError(
             f"the recipe {recipe!r} judges a response as a whole, but the data trains earlier "
@@ -149,7 +166,6 @@ def train(
         lengths = [row_length(size.prompt, size.responses, layout) for size in data.sizes]
         edges = bucket_lengths(lengths, buckets)
     roles: dict[str, Any] = {}
-    frozen = (*model.frozen, *frozen)
     if row.head:
         head = row.head(model, jax.random.key(seed), options)
         params = {"model": dict(params), "score_head": head}
@@ -170,8 +186,7 @@ def train(
     total = steps or len(loader)
     tx, schedule = make_optimizer(total_steps=total, **(optim or {}))
     evaluate = None
-    if eval_examples is not None:
-        held_out = _encode(eval_examples, processor, rule)
+    if held_out is not None:
         evaluate = _evaluation(
             row, model, params, options, held_out, layout, processor, batch_rows, mesh
         )

@@ -30,6 +30,7 @@ HARMLESS = (
     "*profile",
     "*workers",
     "*prefetch",
+    "*tower_cache",
     "*compilation_cache*",
     "mesh.*",
     "platform.*",

@@ -35,6 +35,7 @@ class Shapes:
       media: other media arrays of a row, name -> shape; items of a row stand one after the other
         on the first axis, smaller ones are padded with zeros on the others.
       sequences: S, responses per row of the layout ``group``.
+      axes: numbers in a position: 3 where patches were encoded ahead; with patches it is always so.
     """
 
     length: int
@@ -45,6 +46,7 @@ class Shapes:
     patch_numbers: int = 0
     media: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     sequences: int = 1
+    axes: int = 1
 
 
 def row_length(prompt: int, responses: Sequence[int], layout: str) -> int:
@@ -69,6 +71,7 @@ def plan_shapes(items: Iterable[Encoded | Sizes], layout: str, *, multiple_of: i
     """
     _check_layout(layout)
     length = response = images = patches = numbers = sequences = 0
+    axes = 1
     pixels: set[tuple[int, int]] = set()
     media: dict[str, tuple[int, ...]] = {}
     for item in items:
@@ -79,7 +82,7 @@ def plan_shapes(items: Iterable[Encoded | Sizes], layout: str, *, multiple_of: i
         response = max(response, max(item.responses, default=0) + trained)
         images, patches = max(images, item.images), max(patches, item.patches)
         numbers = max(numbers, item.patch_numbers)
-        sequences = max(sequences, len(item.responses))
+        sequences, axes = max(sequences, len(item.responses)), max(axes, item.axes)
         pixels |= {item.image_size} if item.image_size else set()
         for name, shape in item.media.items():
             media[name] = tuple(map(max, media.get(name, shape), shape))
@@ -101,6 +104,7 @@ def plan_shapes(items: Iterable[Encoded | Sizes], layout: str, *, multiple_of: i
         patch_numbers=numbers,
         media=media,
         sequences=sequences if layout == "group" else 1,
+        axes=axes,
     )
 
 
@@ -128,6 +132,7 @@ def grow(known: Shapes | None, needed: Shapes) -> Shapes:
         patch_numbers=max(known.patch_numbers, needed.patch_numbers),
         media=media,
         sequences=max(known.sequences, needed.sequences),
+        axes=max(known.axes, needed.axes),
     )
 
 
@@ -192,9 +197,10 @@ def _only(item: Encoded, i: int) -> Encoded:
 
 def _empty(rows: int, sequences: int, shapes: Shapes, pad_id: int, layout: str) -> Batch:
     length = shapes.length
+    axes = (3,) if shapes.patches or shapes.axes == 3 else ()
     batch: Batch = {
         "tokens": np.full((rows, length), pad_id, np.int32),
-        "positions": np.zeros((rows, length), np.int32),
+        "positions": np.zeros((rows, length, *axes), np.int32),
         "intervals": np.zeros((rows, length, 4), np.int32),
         "last_positions": np.zeros((rows, sequences), np.int32),
         "sequence_mask": np.zeros((rows, sequences), np.float32),
@@ -216,7 +222,6 @@ def _empty(rows: int, sequences: int, shapes: Shapes, pad_id: int, layout: str) 
         size = (rows, shapes.images, 3, *(shapes.image_size or ()))
         if shapes.patches:
             size = (rows, shapes.patches, shapes.patch_numbers)
-            batch["positions"] = np.zeros((rows, length, 3), np.int32)
             batch["media"]["grid_thw"] = np.zeros((rows, shapes.images, 3), np.int32)
         batch["media"]["pixel_values"] = np.zeros(size, np.float32)
     return batch

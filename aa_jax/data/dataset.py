@@ -136,6 +136,12 @@ class Dataset(Sequence):
             return example
         return encode_example(example, self.processor, self.limits)
 
+    def bare(self, index: int) -> Encoded:
+        """As an item, without the arrays of its media: nothing is decoded."""
+        row, k = self._index[index]
+        examples, root = self._read(row)
+        return encode_example(examples[k], self.processor, self.limits, pixels=False, root=root)
+
     def shapes(self, layout: str, *, multiple_of: int = 8) -> Shapes:
         """The smallest batch shapes that hold every example, from the lengths of the first pass."""
         if self.processor is None:

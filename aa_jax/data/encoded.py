@@ -66,6 +66,10 @@ class EncodedExamples(Sequence):
     def __getitem__(self, index: int) -> Encoded:
         return self._encoded[index]
 
+    def bare(self, index: int) -> Encoded:
+        """As an item, without the arrays of its media."""
+        return dataclasses.replace(self._encoded[index], media={})
+
     def example(self, index: int, *, decoded: bool = True) -> Example:
         """The Example that was encoded; its media are decoded in any case."""
         return self._examples[self._kept[index]]

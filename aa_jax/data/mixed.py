@@ -63,6 +63,11 @@ class Mixed(Sequence):
         part, row = self._index[index]
         return self._parts[part][row]
 
+    def bare(self, index: int) -> Encoded:
+        """An item without the arrays of its media, see the part's own."""
+        part, row = self._index[index]
+        return self._parts[part].bare(row)
+
     def example(self, index: int, **options: Any) -> Example:
         """The Example behind an item, see the part's own."""
         part, row = self._index[index]

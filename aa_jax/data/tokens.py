@@ -50,7 +50,8 @@ class Limits:
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """What an example needs: prompt, response and extra trained tokens, images of which size, and
-    where sizes are free, how many patches of how many numbers each; shapes of other media arrays.
+    where sizes are free, how many patches of how many numbers each; shapes of other media arrays;
+    numbers in a position, where patches do not say that they are three.
     """
 
     prompt: int
@@ -61,6 +62,7 @@ class Sizes:
     patches: int = 0
     patch_numbers: int = 0
     media: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    axes: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +119,7 @@ class Encoded:
             patches=self.patches,
             patch_numbers=self.patch_numbers,
             media=dict(self.media_shapes),
+            axes=3 if self.positions is not None and self.media_shapes else 1,
         )
 
 

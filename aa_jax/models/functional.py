@@ -69,6 +69,8 @@ class Model:
             without them too, and is then its base.
         edit: ``variant -> Model``: the same architecture as another variant.
         frozen: paths of the parameters that do not train: those under adapters, quantised ones.
+        dtype: type of activations and matmuls, e.g. "bfloat16".
+        tower: the branch of the parameters that `tower_features` reads; None: there is none.
     """
 
     family: str
@@ -88,6 +90,8 @@ class Model:
     variant: Variant
     edit: Callable[[Variant], "Model"]
     frozen: tuple[str, ...]
+    dtype: str
+    tower: str | None
 
 
 def dtype_named(what: str, name: str) -> Any:
@@ -246,4 +250,6 @@ def functional(
         variant=variant,
         edit=edit,
         frozen=variant.frozen(leaves),
+        dtype=dtype,
+        tower=getattr(cls, "tower", None),
     )

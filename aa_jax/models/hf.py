@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+READERS = 8  # threads that read the layers of one leaf
 
 # What a processor is made of; weights and the model's own config are written, never copied.
 EXTRA_FILES = (
@@ -222,11 +224,15 @@ def _check_tied(found: dict[str, safetensors.Entry], head: str, embedding: str) 
 
 def _host_leaf(found: dict[str, safetensors.Entry], rule: Rule, leaf: Any) -> np.ndarray:
     names = rule.hf_names(leaf.shape)
-    if not rule.stacked:
-        return np.array(rule.transform.to_ours(found[names[0]].read()), leaf.dtype)
-    host = np.empty(leaf.shape, leaf.dtype)
-    for layer, name in enumerate(names):
-        host[layer] = rule.transform.to_ours(found[name].read())
+    host = safetensors.aligned(leaf.shape, leaf.dtype)
+    layers = host if rule.stacked else host[None]
+
+    def read(layer: int) -> None:
+        safetensors.fill(layers[layer], rule.transform.to_ours(found[names[layer]].read()))
+
+    # Copies let go of the interpreter's lock, and reads wait for the disk.
+    with ThreadPoolExecutor(min(len(names), READERS)) as pool:
+        list(pool.map(read, range(len(names))))
     return host
 
 
@@ -246,7 +252,7 @@ def _quantized_leaf(
 
 def _place(host: np.ndarray, sharding: Any) -> jax.Array:
     if sharding is None:
-        return jax.numpy.asarray(host)
+        return jax.device_put(host)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 

@@ -11,7 +11,7 @@ Expected: the margin between good and bad responses grows.
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import required_placeholder
+from ml_collections.config_dict import placeholder, required_placeholder
 
 
 def get_config() -> ConfigDict:
@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
         "train": {
             "epochs": 2, "batch_rows": 32, "accumulation": 1,
             "frozen": ("audio_tower/*",),
+            "tower_cache": placeholder(str),  # folder for the frozen tower's features
             "checkpoint_every": 500,
             "log_every": 10,
         },

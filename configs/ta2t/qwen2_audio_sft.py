@@ -11,7 +11,7 @@ Expected: the held-out loss falls.
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import required_placeholder
+from ml_collections.config_dict import placeholder, required_placeholder
 
 
 def get_config() -> ConfigDict:
@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
         "train": {
             "epochs": 3, "batch_rows": 32, "accumulation": 1,
             "frozen": ("audio_tower/*",),
+            "tower_cache": placeholder(str),  # folder for the frozen tower's features
             "checkpoint_every": 500,
             "log_every": 10,
         },

@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
         "train": {
             "epochs": 2, "batch_rows": 32, "accumulation": 1,
             "frozen": ("vision_tower/*",),
+            "tower_cache": placeholder(str),  # folder for the frozen tower's features
             "checkpoint_every": 500,
             "log_every": 10,
             "profile": placeholder(int),  # updates before a trace of three

@@ -10,7 +10,7 @@ Expected: the held-out loss falls.
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import required_placeholder
+from ml_collections.config_dict import placeholder, required_placeholder
 
 
 def get_config() -> ConfigDict:
@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
         "train": {
             "epochs": 1, "batch_rows": 128, "accumulation": 4,
             "frozen": ("vision_tower/*",),
+            "tower_cache": placeholder(str),  # folder for the frozen tower's features
             "checkpoint_every": 500,
             "log_every": 10,
         },

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from aa_jax import models
 from aa_jax.errors import CheckpointError
+from aa_jax.models import safetensors
 from aa_jax.models.names import flatten
 
 
@@ -300,3 +301,24 @@ def test_float16_files_are_widened_exactly(llava, tmp_path):
         leaf = np.asarray(leaf)
         assert leaf.dtype == np.float32
         np.testing.assert_array_equal(leaf, leaf.astype(ml_dtypes.bfloat16), err_msg=path)
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("wanted", ["bfloat16", "float16", "float32"])
+def test_blockwise_copies_are_numpys(stored, wanted):
+    """Transposed or not, of whole blocks or not: the bits of an ordinary assignment."""
+    rng = np.random.default_rng(0)
+    for shape in ((130, 65), (64, 64), (1, 200), (200, 1), (3, 5, 7), (9,), (0, 4), ()):
+        values = rng.normal(size=shape).astype(stored)
+        for source in (values, values.T, values[::-1] if values.ndim else values):
+            expected = np.empty(source.shape, wanted)
+            expected[...] = source
+            found = safetensors.aligned(source.shape, wanted)
+            safetensors.fill(found, source)
+            assert found.tobytes() == expected.tobytes() and found.dtype == wanted
+
+
+def test_loaded_arrays_are_the_memory_they_were_read_into():
+    host = safetensors.aligned((33, 7), "float32")
+    host[...] = 1
+    assert jax.device_put(host, jax.devices()[0]).unsafe_buffer_pointer() == host.ctypes.data

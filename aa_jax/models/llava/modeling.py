@@ -143,6 +143,8 @@ class Projector(nnx.Module):
 class Llava(Multimodal):
     """The family interface of `models.functional` for images and text."""
 
+    tower = "vision_tower"
+
     def __init__(
         self, config: LlavaConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, remat: str
     ):

@@ -60,6 +60,8 @@ class Qwen2Audio(Multimodal):
     stand one after the other without gaps, so `feature_index` counts through its clips.
     """
 
+    tower = "audio_tower"
+
     def __init__(
         self, config: Qwen2AudioConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, remat: str
     ):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -17,6 +18,8 @@ class Qwen2VL(Multimodal):
     `media` holds "pixel_values" [B, P, K], a row's patches end to end in the order of its items,
     and "grid_thw" [B, I, 3]; the batch's positions are [B, T, 3].
     """
+
+    tower = "vision_tower"
 
     def __init__(
         self, config: Qwen2VLConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, remat: str
@@ -34,5 +37,8 @@ class Qwen2VL(Multimodal):
     def encode_media(self, media: dict[str, Any]) -> Float[Array, "B F D"]:
         """Tower and merger; "tower_features" [B,P,Dv] in media stands for the tower's run."""
         if "tower_features" in media:
-            return self.projector(media["tower_features"].astype(self.dtype))
+            x = media["tower_features"].astype(self.dtype)
+            # Whole features, also of padding.
+            more = -x.shape[1] % self.config.vision.merge_size**2
+            return self.projector(jnp.pad(x, ((0, 0), (0, more), (0, 0))))
         return self.projector(self.tower_features(media))
