@@ -99,6 +99,16 @@ def undivided() -> bool:
     return all(size == 1 or kind == jax.sharding.AxisType.Manual for size, kind in axes)
 
 
+def hopper_refuses() -> str | None:
+    """Why a kernel written for Hopper (``wgmma``, TMA) cannot run here, or None."""
+    capability = target.capability()
+    if capability.split(".")[0] != "9":
+        return f"the device's compute capability is {capability or 'unknown'}, not 9.0 (Hopper)"
+    if not undivided():
+        return "arrays may be divided over devices outside jax.shard_map"
+    return None
+
+
 @functools.cache
 def _log_once(operator: str, name: str, platform: str, reasons: str) -> None:
     because = f" ({reasons})" if reasons else ""

@@ -4,24 +4,30 @@
     python -m aa_jax.kernels.verify --platform tpu --topology v5e:2x2 --match attention
     python -m aa_jax.kernels.verify --platform gpu --cuda build/cuda [--target h200.txtpb]
 
-Nothing runs and nothing is timed. TPU needs a ``libtpu`` (installed, or named by ``--libtpu``) not
-older than jaxlib; GPU needs JAX's CUDA plugin with ``ptxas``, and cuDNN for its attention; the
-default target is an H200. Checked are that the kernel compiles (a tile that does not fit VMEM or
-shared memory fails to), that the wanted kernels are in the program, and that its temporary memory
-keeps the budget.
+Nothing runs and nothing is timed. ``--table FILE`` also writes the figures as a Markdown table.
+On TPUs after the first topology only gradients, which hold every kernel, of the `PROBES` are
+compiled. TPU needs a ``libtpu`` (installed, or named by ``--libtpu``) not older than jaxlib; GPU
+needs JAX's CUDA plugin with ``ptxas``, and cuDNN for its attention; the default target is an H200.
+Checked are that the kernel compiles (a tile that does not fit VMEM or
+shared memory fails to), that the wanted kernels are in the program, that its temporary memory keeps
+the budget, and what the compiler reports of each kernel (`aa_jax.kernels.static`): vector or shared
+memory, registers, spills.
 """
 
 import argparse
 import dataclasses
 import functools
 import itertools
+import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from aa_jax.errors import ConfigError
+from aa_jax.kernels import static
 from aa_jax.plan import targets
 from aa_jax.plan.gpu_targets import GPU_TARGETS
 
@@ -69,8 +75,19 @@ ATTENTION_SHAPES = {
 }
 
 
+_CALLS = {"pallas_tpu": "tpu_custom_call", "pallas_hopper": "mosaic_gpu", "xla": ""}
+
+
+PROBES = ("Llama 3 8B", "Qwen2", "CLIP-L/336")
+"""What is compiled for further topologies too: they share all but sizes with the first."""
+
+
+def _probe(case: Case) -> bool:
+    return "gradient, " in case.name and any(f" {name}" in case.name for name in PROBES)
+
+
 def cases(implementation: str) -> Iterator[Case]:
-    """Every kernel of `implementation` (``"pallas_tpu"`` or ``"xla"``) at every shape."""
+    """Every kernel of an implementation (a key of ``_CALLS``) at every shape."""
     import jax
     import jax.numpy as jnp
 
@@ -81,8 +98,15 @@ def cases(implementation: str) -> Iterator[Case]:
     attention = attention_xla.attention
     # Block sizes of an accelerator, not of the CPU this runs on.
     logprob = functools.partial(logprob_xla.linear_logprob, platform="gpu")
-    mosaic = implementation == "pallas_tpu"
-    if mosaic:
+    mosaic = implementation != "xla"
+    call = _CALLS[implementation]
+    case = functools.partial(Case, call=call)
+    if implementation == "pallas_hopper":
+        from aa_jax.kernels.attention import pallas_hopper as attention_hopper
+        from aa_jax.kernels.linear_logprob import pallas_hopper as logprob_hopper
+
+        attention, logprob = attention_hopper.attention, logprob_hopper.linear_logprob
+    elif mosaic:
         from aa_jax.kernels.attention import pallas_tpu as attention_tpu
         from aa_jax.kernels.linear_logprob import pallas_tpu as logprob_tpu
 
@@ -100,9 +124,9 @@ def cases(implementation: str) -> Iterator[Case]:
         # A vocabulary without an even divisor is filled up, which copies the head.
         forward = forward if mosaic else 2 * forward  # XLA's logits lie in memory, one block
         extra = 0.0 if v % 2 == 0 else 2.5 * 2 * v * d / MIB
-        yield Case(what.format("forward"), logps, arguments, forward + extra, int(mosaic))
+        yield case(what.format("forward"), logps, arguments, forward + extra, int(mosaic))
         both = jax.grad(logps, (0, 1))
-        yield Case(what.format("gradient"), both, arguments, gradient + extra, 2 * mosaic)
+        yield case(what.format("gradient"), both, arguments, gradient + extra, 2 * mosaic)
 
     def attend(q, k, v, intervals):
         return attention(q, k, v, intervals, q.shape[-1] ** -0.5)
@@ -112,14 +136,16 @@ def cases(implementation: str) -> Iterator[Case]:
 
     blocks = 64 if mosaic else 5 * attention_xla.BLOCK_BYTES // MIB
     for name, (b, t, h, kv, d) in ATTENTION_SHAPES.items():
+        if implementation == "pallas_hopper" and d > 128:
+            continue  # refused: does not fit the registers
         q, k = ((b, t, h, d), jnp.bfloat16), ((b, t, kv, d), jnp.bfloat16)
         arguments = q, k, k, ((b, t, 4), jnp.int32)
         padded = b * -(-t // 512) * 512 * max(d, 128) * 2 / MIB
         held = padded * (h + 2 * kv)  # queries, keys and values, heads before length
         what = f"attention {{}}, {name} (B={b}, T={t}, H={h}/{kv}, D={d})"
-        yield Case(what.format("forward"), attend, arguments, blocks + 2.5 * held, int(mosaic))
+        yield case(what.format("forward"), attend, arguments, blocks + 2.5 * held, int(mosaic))
         both = jax.grad(loss, (0, 1, 2))
-        yield Case(what.format("gradient"), both, arguments, blocks + 6 * held, 3 * mosaic)
+        yield case(what.format("gradient"), both, arguments, blocks + 6 * held, 3 * mosaic)
 
 
 def cudnn_cases() -> Iterator[Case]:
@@ -147,8 +173,20 @@ def cudnn_cases() -> Iterator[Case]:
         yield Case(what.format("gradient"), both, (q, k, k), 64 + 3 * held, 2, "__cudnn$")
 
 
-def check(case: Case, device: Any, *, mosaic: bool) -> tuple[str, bool]:
-    """Compiles one case for a device that need not exist -> (line to print, whether it passed)."""
+class Checked(NamedTuple):
+    """What came of one case: the line to print, whether it passed, and its figures."""
+
+    line: str
+    passed: bool
+    temporary_mib: float = math.nan
+    facts: tuple[static.Facts, ...] = ()
+
+
+def check(case: Case, device: Any, *, mosaic: bool, reports: Path | None = None) -> Checked:
+    """Compiles one case for a device that need not exist.
+
+    ``reports`` is the folder given to `static.prepare`, if it was.
+    """
     import jax
 
     place = jax.sharding.SingleDeviceSharding(device)
@@ -157,18 +195,45 @@ def check(case: Case, device: Any, *, mosaic: bool) -> tuple[str, bool]:
     try:
         compiled = jax.jit(case.function).lower(*shapes).compile()
     except Exception as error:  # whatever a compiler may raise belongs into the table
-        return f"FAILED    {case.name}: {type(error).__name__}: {str(error)[:400]}", False
+        return Checked(f"FAILED    {case.name}: {type(error).__name__}: {str(error)[:400]}", False)
     spent = time.perf_counter() - start
     temporary = compiled.memory_analysis().temp_size_in_bytes / MIB
     mosaic |= bool(case.kernels)
     found = compiled.as_text().count(f'custom_call_target="{case.call}') if mosaic else 0
     passed = temporary <= case.budget_mib and (not mosaic or found == case.kernels)
+    facts = ()
+    if reports and case.kernels:
+        facts = tuple(static.take(reports, "tpu" if case.call.startswith("tpu") else "gpu"))
+        # cuDNN reports nothing; a Mosaic kernel without a report was not looked at.
+        passed &= all(f.keeps_budget() for f in facts)
+        passed &= case.call.startswith("__cudnn") or len(facts) >= case.kernels
     word = "ok        " if passed else "EXCEEDED  "
     kernels = f", {found} of {case.kernels} kernels" if mosaic else ""
-    return (
+    line = (
         f"{word}{case.name}: {temporary:.0f} of {case.budget_mib:.0f} MiB temporary{kernels}, "
         f"compiled in {spent:.0f} s"
-    ), passed
+    )
+    return Checked(
+        "\n".join([line, *(f"              {f}" for f in facts)]), passed, temporary, facts
+    )
+
+
+def table(device: str, case: Case, found: Checked) -> list[str]:
+    """Rows of the Markdown table: one for every kernel, or one for the program."""
+    start = f"| {device} | {case.name} | {found.temporary_mib:.0f} MiB |"
+    if not found.facts:
+        return [f"{start} | | | |"]
+    return [
+        f"{start} {f.kernel} | {f.kib / 1024:.1f} MiB | {f.spills} | {f.bundles or f.registers} |"
+        for f in found.facts
+    ]
+
+
+_HEADING = [
+    "| compiled for | program (bfloat16) | temporary | kernel | VMEM or SMEM | spills | bundles or "
+    "registers |",
+    "|---|---|---|---|---|---|---|",
+]
 
 
 def devices(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
@@ -207,21 +272,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", help="file with the text of a GPU target config")
     parser.add_argument("--cuda", help="folder of JAX's CUDA plugin, ptxas and cuDNN")
     parser.add_argument("--match", default="", help="only cases whose name contains this")
+    parser.add_argument("--table", type=Path, help="Markdown file for the figures")
     options = parser.parse_args(arguments)
     tpu = options.platform == "tpu"
     targets.prepare("v5e:2x2" if tpu else "h200:1", options.libtpu, options.cuda)
     failed = compiled = 0
-    for name, device in devices(options):
-        sys.stdout.write(f"{name}: {device.device_kind}\n")
-        target = targets.Target("tpu", 1) if tpu else targets.Target("cuda", 1, "9.0")
-        programs = cases("pallas_tpu") if tpu else itertools.chain(cases("xla"), cudnn_cases())
-        with targets.compiling_for(target):
-            for case in programs:
-                if options.match in case.name:
-                    line, passed = check(case, device, mosaic=tpu)
-                    compiled, failed = compiled + 1, failed + (not passed)
-                    sys.stdout.write(f"  {line}\n")
+    rows = list(_HEADING)
+    with tempfile.TemporaryDirectory() as folder:
+        reports = Path(folder)
+        static.prepare(reports, options.platform)
+        for number, (name, device) in enumerate(devices(options)):
+            sys.stdout.write(f"{name}: {device.device_kind}\n")
+            target = targets.Target("tpu", 1) if tpu else targets.Target("cuda", 1, "9.0")
+            programs = cases("pallas_tpu") if tpu else itertools.chain(
+                cases("pallas_hopper"), cases("xla"), cudnn_cases()
+            )  # fmt: skip
+            with targets.compiling_for(target):
+                for case in programs:
+                    if options.match not in case.name or (number and not _probe(case)):
+                        continue
+                    found = check(case, device, mosaic=tpu, reports=reports)
+                    compiled, failed = compiled + 1, failed + (not found.passed)
+                    rows += table(name if tpu else "H200", case, found)
+                    sys.stdout.write(f"  {found.line}\n")
                     sys.stdout.flush()
+                    if options.table:
+                        options.table.write_text("\n".join(rows) + "\n")
     sys.stdout.write(f"{compiled - failed} of {compiled} programs compile within their budgets\n")
     return 1 if failed or not compiled else 0
 

@@ -1,5 +1,7 @@
 """Softmax attention with grouped key/value heads and interval masks."""
 
+from importlib.util import find_spec
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -7,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from aa_jax.errors import ConfigError
 from aa_jax.kernels.attention import reference, xla
 from aa_jax.kernels.attention.intervals import resolve
-from aa_jax.kernels.dispatch import Implementation, choose, undivided
+from aa_jax.kernels.dispatch import Implementation, choose, hopper_refuses, undivided
 from aa_jax.platforms import target
 
 
@@ -26,6 +28,26 @@ def _pallas_tpu_refuses(q, **_):
         return f"heads of {q.shape[3]} are not within 64 to 256"
     if not undivided():
         return "arrays may be divided over devices outside jax.shard_map"
+    return None
+
+
+def _pallas_hopper(*args):
+    from aa_jax.kernels.attention import pallas_hopper
+
+    return pallas_hopper.attention(*args)
+
+
+def _pallas_hopper_refuses(q, **_):
+    if str(q.dtype) not in ("bfloat16", "float16"):
+        return f"queries are {q.dtype}, not bfloat16 or float16"
+    if q.shape[1] == 1:
+        return "one query per row is bound by reading the cache, which XLA does as well"
+    if q.shape[3] not in (64, 128):
+        return f"heads of {q.shape[3]} are not 64 or 128"
+    if reason := hopper_refuses():
+        return reason
+    if find_spec("jax_cuda12_plugin") and not find_spec("jax_cuda13_plugin"):
+        return "ptxas of CUDA 12.8 and 12.9 miscompiles masks of this kind, and CUDA 13 is not here"
     return None
 
 
@@ -68,6 +90,8 @@ def _cudnn_refuses(q, mask, **_):
 IMPLEMENTATIONS = {
     "pallas_tpu": Implementation(_pallas_tpu, ("tpu",), ("tpu",), _pallas_tpu_refuses),
     "cudnn": Implementation(_cudnn, ("gpu", "cuda"), ("gpu", "cuda"), _cudnn_refuses),
+    # Compiled, never executed: only when asked for.
+    "pallas_hopper": Implementation(_pallas_hopper, ("gpu", "cuda"), (), _pallas_hopper_refuses),
     "reference": Implementation(reference.attention),
     "xla": Implementation(xla.attention, preferred=None),
 }

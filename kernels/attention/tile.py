@@ -1,7 +1,8 @@
 """The mathematics of one tile of scores, in plain jnp, keys down and queries across.
 
 A tile is ``[S, T]``: with queries along the lanes everything that belongs to a query is a row
-``[1, T]``, which vector units broadcast for free and reductions over keys produce directly.
+``[1, T]``, which vector units broadcast for free and reductions over keys produce directly. GPU
+kernels also hold the transpose, keys along axis 1, and ``[T]`` for what belongs to a query.
 """
 
 import jax
@@ -18,8 +19,17 @@ def visible(
     """Which of the keys ``first_key ...`` each query sees."""
     shape = keys, intervals.shape[1]
     s = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + first_key
-    a0, a1, b0, b1 = (jnp.broadcast_to(intervals[i : i + 1], shape) for i in range(4))
+    return within(s, *(jnp.broadcast_to(intervals[i : i + 1], shape) for i in range(4)))
+
+
+def within(s: Array, a0: Array, a1: Array, b0: Array, b1: Array) -> Bool[Array, "..."]:
+    """Whether key ``s`` lies in one of the two intervals, entry by entry."""
     return ((s >= a0) & (s < a1)) | ((s >= b0) & (s < b1))
+
+
+def spread(values: Array, shape: tuple[int, int], axis: int) -> Array:
+    """``values`` along ``axis`` of a tile, the same along the other."""
+    return jax.lax.broadcast_in_dim(values, shape, (axis,))
 
 
 def touched(
@@ -40,33 +50,38 @@ def touched(
 
 
 def softmax_step(
-    top: Float32[Array, "1 T"],
-    total: Float32[Array, "1 T"],
-    scores: Float32[Array, "S T"],
-    seen: Bool[Array, "S T"],
+    top: Float32[Array, "*one T"],
+    total: Float32[Array, "*one T"],
+    scores: Float32[Array, "_ _"],
+    seen: Bool[Array, "_ _"],
+    keys_axis: int = 0,
 ) -> tuple[Array, Array, Array, Array]:
     """Online softmax (Milakov & Gimelshein, 2018) over one more tile.
 
+    ``top`` and ``total`` are [1, T], or [T] and the tile [T, S] with ``keys_axis`` 1.
+
     Returns:
-      (top, total, factor for what was accumulated so far, weights [S, T]).
+      (top, total, factor for what was accumulated so far, weights like the scores).
     """
+    keep = top.ndim == 2
     scores = jnp.where(seen, scores, HIDDEN)
-    new = jnp.maximum(top, scores.max(0, keepdims=True))
+    new = jnp.maximum(top, scores.max(keys_axis, keepdims=keep))
     factor = jnp.exp(top - new)
-    weights = jnp.where(seen, jnp.exp(scores - new), 0.0)
-    return new, total * factor + weights.sum(0, keepdims=True), factor, weights
+    shifted = scores - (new if keep else spread(new, scores.shape, 1 - keys_axis))
+    weights = jnp.where(seen, jnp.exp(shifted), 0.0)
+    return new, total * factor + weights.sum(keys_axis, keepdims=keep), factor, weights
 
 
 def softmax_end(
-    top: Float32[Array, "1 T"], total: Float32[Array, "1 T"]
-) -> tuple[Float32[Array, "1 T"], Float32[Array, "1 T"]]:
+    top: Float32[Array, "*one T"], total: Float32[Array, "*one T"]
+) -> tuple[Float32[Array, "*one T"], Float32[Array, "*one T"]]:
     """-> (factor that normalizes the accumulated values, log-sum-exp); no keys: (1, 0)."""
     safe = jnp.where(total > 0, total, 1.0)
     return 1.0 / safe, jnp.where(total > 0, top + jnp.log(safe), 0.0)
 
 
 def weights_again(
-    scores: Float32[Array, "S T"], lse: Float32[Array, "1 T"], seen: Bool[Array, "S T"]
+    scores: Float32[Array, "S T"], lse: Float32[Array, "_ T"], seen: Bool[Array, "S T"]
 ) -> Float32[Array, "S T"]:
     """The probabilities, from the log-sum-exp of the forward pass."""
     return jnp.where(seen, jnp.exp(scores - lse), 0.0)

@@ -3,7 +3,7 @@
 from jaxtyping import Array, Bool, Float, Int
 
 from aa_jax.errors import ConfigError
-from aa_jax.kernels.dispatch import Implementation, choose, undivided
+from aa_jax.kernels.dispatch import Implementation, choose, hopper_refuses, undivided
 from aa_jax.kernels.linear_logprob import reference, xla
 from aa_jax.kernels.linear_logprob.spec import LogProbs, Spec
 
@@ -22,8 +22,22 @@ def _pallas_tpu_refuses(hidden, **_):
     return None
 
 
+def _pallas_hopper(*args):
+    from aa_jax.kernels.linear_logprob import pallas_hopper
+
+    return pallas_hopper.linear_logprob(*args)
+
+
+def _pallas_hopper_refuses(hidden, **_):
+    if str(hidden.dtype) not in ("bfloat16", "float16"):
+        return f"hidden states are {hidden.dtype}, not bfloat16 or float16"
+    return hopper_refuses()
+
+
 IMPLEMENTATIONS = {
     "pallas_tpu": Implementation(_pallas_tpu, ("tpu",), ("tpu",), _pallas_tpu_refuses),
+    # Compiled, never executed: only when asked for.
+    "pallas_hopper": Implementation(_pallas_hopper, ("gpu", "cuda"), (), _pallas_hopper_refuses),
     "reference": Implementation(reference.linear_logprob),
     "xla": Implementation(xla.linear_logprob, preferred=None),
 }

@@ -1,9 +1,9 @@
 """The mathematics of one tile of logits, in plain jnp: shared by every blocked implementation.
 
 A tile is ``[C, W]``: C tokens, W neighbouring entries of the vocabulary. Values that belong to a
-token are columns ``[C, 1]``, the layout vector units like best. Nothing here depends on how a tile
-was made or where it goes, so the kernels of all platforms compute the same and one test covers
-them.
+token are columns ``[C, 1]``, the layout vector units like best, or ``[C]`` where registers hold a
+value each. Nothing here depends on how a tile was made or where it goes, so the kernels of all
+platforms compute the same and one test covers them.
 """
 
 from typing import NamedTuple
@@ -56,18 +56,24 @@ def columns(first: Int[Array, ""] | int, shape: tuple[int, int]) -> Int[Array, "
 
 
 def update(partial: Partial, z: Float32[Array, "C W"], is_target: Bool[Array, "C W"]) -> Partial:
-    """Adds a tile of logits; -inf has no weight."""
-    top = jnp.maximum(partial.top, z.max(1, keepdims=True))
+    """Adds a tile of logits; -inf has no weight. The partial's values are [C, 1] or [C]."""
+    keep = partial.top.ndim == 2
+    top = jnp.maximum(partial.top, z.max(1, keepdims=keep))
     old = jnp.exp(partial.top - top)
-    shifted = z - top
+    shifted = z - (top if keep else spread(top, z.shape))
     e = jnp.exp(shifted)
-    total = partial.total * old + e.sum(1, keepdims=True)
-    target = partial.target + jnp.where(is_target, z, 0.0).sum(1, keepdims=True)
+    total = partial.total * old + e.sum(1, keepdims=keep)
+    target = partial.target + jnp.where(is_target, z, 0.0).sum(1, keepdims=keep)
     weighted = partial.weighted
     if weighted is not None:
         weighted = old * (weighted + (partial.top - top) * partial.total)
-        weighted = weighted + (e * jnp.maximum(shifted, LOWEST)).sum(1, keepdims=True)
+        weighted = weighted + (e * jnp.maximum(shifted, LOWEST)).sum(1, keepdims=keep)
     return Partial(top, total, weighted, target)
+
+
+def spread(values: Array, shape: tuple[int, int], axis: int = 0) -> Array:
+    """One value per token (``axis`` 0) or vocabulary entry (1) over a whole tile."""
+    return jax.lax.broadcast_in_dim(values, shape, (axis,))
 
 
 def merge(parts: Partial, axis: int = 0) -> Partial:
@@ -97,11 +103,11 @@ def dlogits(
     z: Float32[Array, "C W"],
     capped: Float32[Array, "C W"],
     is_target: Bool[Array, "C W"],
-    lse: Float32[Array, "C 1"],
-    entropy: Float32[Array, "C 1"] | None,
-    dlogps: Float32[Array, "C 1"],
-    dentropy: Float32[Array, "C 1"] | None,
-    dlse: Float32[Array, "C 1"],
+    lse: Float32[Array, "C _"],
+    entropy: Float32[Array, "C _"] | None,
+    dlogps: Float32[Array, "C _"],
+    dentropy: Float32[Array, "C _"] | None,
+    dlse: Float32[Array, "C _"],
     spec: Spec,
 ) -> Float32[Array, "C W"]:
     r"""Gradient with respect to ``h Wᵀ + b`` (before cap and temperature).
