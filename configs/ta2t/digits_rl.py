@@ -18,24 +18,28 @@ def get_config() -> ConfigDict:
         "pipeline": "digits",
         "subtask": "TA2T",
         "seed": 0,
-        "max_digits": 3,
+        "max_digits": 2,
         "start": {
             "model": {
                 "text": {"dim": 64, "layers": 3, "heads": 4, "kv_heads": 4, "mlp_dim": 192},
                 "tower": {"dim": 64, "layers": 2, "heads": 4},
             },
-            "pretrain_examples": 10_000,
+            "pretrain_examples": 16_000,
             "pretrain": {
-                **packed, "steps": 900, "optim": {"lr": 3e-3, "weight_decay": 0.01},
+                **packed, "steps": 800, "optim": {"lr": 3e-3, "weight_decay": 0.01},
             },
             "demonstrations": {"n": 6000},
             "sft": {**packed, "steps": 250, "optim": {"lr": 1e-3, "weight_decay": 0.01}},
-            "preference_prompts": 5000,
+            "preference_prompts": 3000,
         },
         "labels": "oracle",
         "reward": {"batch_rows": 32, "epochs": 3, "optim": {"lr": 5e-4, "weight_decay": 0.01}},
         "algorithms": {
             "grpo": {"rollout": groups, "objective": {"kl_coef": 0.3}},
+            "grpo_truth": {
+                "algorithm": "grpo", "reward": "oracle", "rollout": groups,
+                "objective": {"kl_coef": 0.04},
+            },
             "ppo": {"rollout": singles, "kl": {"coef": 0.2}, "critic_lr_scale": 3.0},
         },
         "lrs": (2e-4,),
@@ -43,7 +47,7 @@ def get_config() -> ConfigDict:
         "sampling": {"batch_rows": 128, "temperature": 1.0},
         "optim": {"schedule": "constant", "warmup_steps": 0},
         "frozen": ("audio_tower/*",),
-        "prompts": 3000,
+        "prompts": 2000,
         "validation_prompts": 64,
         "test_prompts": 512,
     })  # fmt: skip
