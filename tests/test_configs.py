@@ -47,10 +47,10 @@ PATHS = {
 
 def load(path):
     # Nothing is opened here.
-    return config.load(
-        path,
-        [f"--config.{key}=/somewhere" for key in PATHS[next(k for k in PATHS if k in path.stem)]],
-    )
+    keys = list(PATHS[next(k for k in PATHS if k in path.stem)])
+    if 'image_tokenizer": required' in path.read_text():
+        keys.append("sampling.image_tokenizer")
+    return config.load(path, [f"--config.{key}=/somewhere" for key in keys])
 
 
 def media(folder: str, rows: int) -> dict:

@@ -88,7 +88,7 @@ def run(
         on the initial model. `model/` of a cell has them merged in, `adapter/` holds them.
       prompts: to train on; not those of the reward model's pairs.
       validation_prompts: on which the learning rates are chosen.
-      test_prompts: held out, images of test digits.
+      test_prompts: held out: images of test digits, or sequences of digits where no image is shown.
       seed: of everything.
       max_digits: digits per strip.
       frozen: globs of parameters that do not train.
@@ -241,7 +241,7 @@ def run(
             "reward", f"reward model: pairs labelled by the {labels}", reward_stage, ("collect",)
         ),
         Stage("rl", "policies against the reward model", rl_stage, ("reward",)),
-        Stage("evaluate_rl", "held-out images, judged by the oracle", evaluate_stage, ("rl",)),
+        Stage("evaluate_rl", "held-out prompts, judged by the oracle", evaluate_stage, ("rl",)),
     ]
     return run_stages(workdir, stages, only=stage)
 

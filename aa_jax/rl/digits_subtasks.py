@@ -134,6 +134,7 @@ class Drawings:
     def __init__(self, subtask: str, lab: Lab, max_digits: int, tokenizer: str):
         self.subtask, self.lab, self.max_digits = subtask, lab, max_digits
         self.tokenizer = tokenizer
+        self._actors: dict[Any, Actor] = {}  # by what they are compiled for
 
     def fit(self, base: str) -> None:
         """Nothing: lengths follow from the prompts."""
@@ -199,8 +200,13 @@ class Drawings:
             return read_lines(path)
         model, _, processor = self.lab.load(base)
         data, lines = EncodedExamples(self.asked(records), processor), []
-        actor = Actor(model, processor, self.lab.mesh, prompt=plan_shapes(data.sizes, "prompt"),
-                      **self.sampling())  # fmt: skip
+        shapes = plan_shapes(data.sizes, "prompt")
+        key = (base, repr(shapes))
+        if key not in self._actors:
+            self._actors[key] = Actor(
+                model, processor, self.lab.mesh, prompt=shapes, **self.sampling()
+            )
+        actor = self._actors[key]
         seed = self.lab.stream(str(path.relative_to(self.lab.workdir)))
         seeds = np.random.SeedSequence(seed).generate_state(len(data), np.uint32)
         rows = [data[i] for i in range(len(data))]

@@ -17,6 +17,8 @@ COLUMNS = ("arm", "reward model's score", "KL, nats", "true mean, T = 1", "win r
 def table(folders: Sequence[Path]) -> str:
     """Markdown: scores and KL per seed, the rest with 95 % intervals over seeds and prompts.
 
+    Runs with a cost have a column with its mean.
+
     Args:
       folders: run directories, one per seed, of the same config.
 
@@ -40,7 +42,9 @@ def table(folders: Sequence[Path]) -> str:
         pairs = [(scores(f, row)["mean"], scores(f, base)["mean"]) for f in folders]
         return across_seeds([wins(a, b) for a, b in pairs]).format(1, 100)
 
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    costs = "cost" in scores(folders[0], "initial")
+    columns = (*COLUMNS, "mean cost, T = 1") if costs else COLUMNS
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in (name for name in found[0] if not name.endswith("_greedy")):
         arm = row.removesuffix("_by_reward")
         by = "reward" if row != arm else "oracle"
@@ -56,4 +60,6 @@ def table(folders: Sequence[Path]) -> str:
             f"| {row} | {paid} | {' / '.join(kls)} | {mean.format(3)} | {won(row, 'initial')} | "
             f"{won(row + '_greedy', 'initial_greedy')} | {words:.1f} |"
         )
+        if costs:
+            lines[-1] += f" {across_seeds([scores(f, row)['cost'] for f in folders]).format(3)} |"
     return "\n".join(lines)

@@ -36,6 +36,10 @@ def get_config() -> ConfigDict:
         "reward": {"batch_rows": 32, "epochs": 3, "optim": {"lr": 5e-4, "weight_decay": 0.01}},
         "algorithms": {
             "grpo": {"rollout": groups, "objective": {"kl_coef": 0.3}},
+            "grpo_truth": {
+                "algorithm": "grpo", "reward": "oracle", "rollout": groups,
+                "objective": {"kl_coef": 0.04},
+            },
             "ppo": {"rollout": singles, "kl": {"coef": 0.2}, "critic_lr_scale": 3.0},
         },
         "lrs": (2e-4,),

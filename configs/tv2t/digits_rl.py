@@ -26,11 +26,11 @@ def get_config() -> ConfigDict:
             },
             "pretrain_examples": 8000,
             "pretrain": {
-                **packed, "steps": 1000, "optim": {"lr": 3e-3, "weight_decay": 0.01},
+                **packed, "steps": 800, "optim": {"lr": 3e-3, "weight_decay": 0.01},
             },
             "demonstrations": {"n": 6000},
             "sft": {**packed, "steps": 250, "optim": {"lr": 1e-3, "weight_decay": 0.01}},
-            "preference_prompts": 3000,
+            "preference_prompts": 2500,
         },
         "labels": "oracle",
         "reward": {"batch_rows": 32, "epochs": 3, "optim": {"lr": 5e-4, "weight_decay": 0.01}},
