@@ -21,6 +21,7 @@ import ml_dtypes  # noqa: F401  numpy knows "bfloat16" by it
 import numpy as np
 
 from aa_jax.data.collate import Shapes, plan_shapes
+from aa_jax.data.example import Example
 from aa_jax.data.tokens import Encoded, Sizes
 from aa_jax.errors import CheckpointError
 
@@ -190,6 +191,10 @@ class WithFeatures(Sequence):
             media_shapes=stored.shapes,
             images=0, image_size=None, patches=0, patch_numbers=0,
         )  # fmt: skip
+
+    def example(self, index: int, **options: Any) -> Example:
+        """The Example behind an item, see the data's own."""
+        return self._data.example(index, **options)
 
     @property
     def sizes(self) -> list[Sizes]:

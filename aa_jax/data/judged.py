@@ -10,6 +10,11 @@ from aa_jax.data.collate import Shapes
 from aa_jax.data.processor import Processor
 from aa_jax.data.tokens import Encoded, encode_example
 
+_SAME = (
+    "responses", "ended", "media", "media_shapes", "images", "image_size", "patches",
+    "patch_numbers", "features",
+)  # fmt: skip
+
 
 class Judged(Sequence):
     """Encoded examples of the task ``judgment``, each with its twin in ``meta["plain"]``.
@@ -31,10 +36,13 @@ class Judged(Sequence):
 
     def __getitem__(self, index: int) -> Encoded:
         item = self._data[index]
-        example = self._data.example(index)
+        # An image that is tokens is part of the prompt; other media are the example's own arrays.
+        whole = self._processor.image_tokens is not None
+        example = self._data.example(index, decoded=whole)
         plain = example.replace(messages=example.meta["plain"])
-        twin = encode_example(plain, self._processor)
-        twin = dataclasses.replace(twin, responses=item.responses, ended=item.ended, meta={})
+        twin = encode_example(plain, self._processor, pixels=whole)
+        same = {name: getattr(item, name) for name in _SAME}
+        twin = dataclasses.replace(twin, **same, meta={})
         return dataclasses.replace(item, meta={**item.meta, "plain": twin})
 
     def shapes(self, layout: str, *, multiple_of: int = 8) -> Shapes:
