@@ -1,11 +1,13 @@
 """Output head, log-softmax and gather as one operator."""
 
+import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from aa_jax.errors import ConfigError
 from aa_jax.kernels.dispatch import Implementation, choose, hopper_refuses, undivided
-from aa_jax.kernels.linear_logprob import reference, xla
+from aa_jax.kernels.linear_logprob import blocked, reference, sharded, xla
 from aa_jax.kernels.linear_logprob.spec import LogProbs, Spec
+from aa_jax.platforms import target
 
 
 def _pallas_tpu(*args):
@@ -22,6 +24,22 @@ def _pallas_tpu_refuses(hidden, **_):
     return None
 
 
+def _sharded(hidden, head, *args):
+    engine = blocked.XLA
+    if target.backend() == "tpu":
+        from aa_jax.kernels.linear_logprob import pallas_tpu
+
+        engine = pallas_tpu.ENGINE
+    mesh = jax.sharding.get_abstract_mesh()
+    return sharded.linear_logprob(hidden, head, *args, mesh=mesh, engine=engine)
+
+
+def _sharded_refuses(hidden, head, **_):
+    if str(hidden.dtype) not in ("bfloat16", "float32"):
+        return f"hidden states are {hidden.dtype}, not bfloat16 or float32"
+    return sharded.refuses(hidden.shape[0], head.shape[0])
+
+
 def _pallas_hopper(*args):
     from aa_jax.kernels.linear_logprob import pallas_hopper
 
@@ -36,6 +54,8 @@ def _pallas_hopper_refuses(hidden, **_):
 
 IMPLEMENTATIONS = {
     "pallas_tpu": Implementation(_pallas_tpu, ("tpu",), ("tpu",), _pallas_tpu_refuses),
+    # The same kernel on every device of a mesh; elsewhere with XLA's blocks, when asked for.
+    "sharded": Implementation(_sharded, None, ("tpu",), _sharded_refuses),
     # Compiled, never executed: only when asked for.
     "pallas_hopper": Implementation(_pallas_hopper, ("gpu", "cuda"), (), _pallas_hopper_refuses),
     "reference": Implementation(reference.linear_logprob),
@@ -94,7 +114,7 @@ def linear_logprob(
     for name, value in (("temperature", temperature), ("softcap", softcap), ("chunk", chunk)):
         if value is not None and not value > 0:
             raise ConfigError(f"linear_logprob: {name} must be positive, got {value!r}.")
-    fn = choose("linear_logprob", IMPLEMENTATIONS, impl, hidden=hidden)
+    fn = choose("linear_logprob", IMPLEMENTATIONS, impl, hidden=hidden, head=head)
     spec = Spec(
         float(temperature), None if softcap is None else float(softcap), bool(need_entropy), chunk
     )

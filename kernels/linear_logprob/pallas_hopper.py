@@ -23,7 +23,7 @@ from aa_jax.kernels import hopper
 from aa_jax.kernels.linear_logprob import blocked, tile, xla
 from aa_jax.kernels.linear_logprob.spec import LogProbs, Spec
 
-BLOCK = (2048, 12288)
+BLOCK = (2048, 4096)
 """Most tokens and vocabulary entries of a block of the backward pass."""
 
 _COMPUTE = 2  # warpgroups that multiply, side by side along the tokens
@@ -60,15 +60,22 @@ def call(hidden, head, targets, mask, bias, spec, engine):
     known = (targets >= 0) & (targets < vocab)
     counts = jnp.ones_like(known) if mask is None else mask
     most, width = BLOCK
-    # Whole slices; a vocabulary that has no such divisor is filled up, which copies the head.
-    slices = math.ceil(vocab / _SLICE)
     spec = spec._replace(
         chunk=xla.even_chunk(tokens, min(spec.chunk or most, most)),
-        tile=_SLICE * blocked.tile_width(slices, min(spec.tile or width, width) // _SLICE),
+        tile=_width(vocab, min(spec.tile or width, width)),
     )
     where = jnp.where(known & counts, targets, 0)
     outs = blocked.logprob(hidden, head, bias, where, mask, spec, engine)
     return LogProbs(jnp.where(known | ~counts, outs[0], jnp.nan), *outs[1:])
+
+
+def _width(vocab, most):
+    """Width of equal tiles: of whole slices, or of 8, or else the last is filled up (a copy)."""
+    for unit in (_SLICE, 8):
+        width = unit * blocked.tile_width(math.ceil(vocab / unit), most // unit)
+        if vocab % width == 0:
+            return width
+    return _SLICE * math.ceil(vocab / _SLICE / math.ceil(vocab / most))
 
 
 def _partials(hidden, targets, live, tiles, vocab, spec, *, sizes, interpret):
@@ -151,13 +158,14 @@ def _dlogits(hidden, targets, rows, weight, bias, first, vocab, spec, *, sizes, 
     out = _matmul(
         hidden, weight, epilogue, alive, (targets, first.reshape(1), values),
         _padded(bias, columns * sizes.vocab), sizes, interpret,
-        out=jax.ShapeDtypeStruct((hidden.shape[0], width), hidden.dtype),
+        # The engine stores whole slices; what is beyond the tile is cut off.
+        out=jax.ShapeDtypeStruct((hidden.shape[0], width + -width % _SLICE), hidden.dtype),
         staged=plgpu.SMEM(
             (_COMPUTE, 2, *shape), hidden.dtype, transforms=hopper.transforms(_SLICE)
         ),
         name="linear_logprob_dlogits",
     )  # fmt: skip
-    return out[:chunk]
+    return out[:chunk, :width]
 
 
 class _Place(NamedTuple):

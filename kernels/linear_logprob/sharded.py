@@ -7,10 +7,11 @@ device.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
@@ -18,6 +19,28 @@ from aa_jax.errors import ConfigError
 from aa_jax.kernels.linear_logprob import blocked, tile, xla
 from aa_jax.kernels.linear_logprob.spec import LogProbs, Spec
 from aa_jax.platforms import target
+
+TOKENS, VOCAB = ("data", "fsdp"), "tensor"
+"""Mesh axes that divide the tokens and the vocabulary, as the library's own sharding rules do."""
+
+
+def refuses(tokens: int, vocab: int) -> str | None:
+    """Why the ambient mesh (``jax.set_mesh``) cannot divide so many tokens and entries, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return "no mesh says how the arrays are divided"
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return "the program divides its arrays itself"
+    sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+    if missing := [name for name in (*TOKENS, VOCAB) if name not in sizes]:
+        return f"the mesh has no axis {missing[0]!r}"
+    if other := [n for n, size in sizes.items() if n not in (*TOKENS, VOCAB) and size > 1]:
+        return f"the mesh also divides along {other[0]!r}"
+    rows = math.prod(sizes[name] for name in TOKENS)
+    for what, count, parts in (("tokens", tokens, rows), ("vocabulary", vocab, sizes[VOCAB])):
+        if count % parts:
+            return f"the {what} ({count}) cannot be divided over {parts} devices"
+    return None
 
 
 def linear_logprob(
@@ -28,9 +51,9 @@ def linear_logprob(
     bias: Float[Array, "V"] | None,
     spec: Spec,
     *,
-    mesh: Mesh,
-    tokens: tuple[str, ...] = ("data", "fsdp"),
-    vocab: str = "tensor",
+    mesh: Mesh | AbstractMesh,
+    tokens: tuple[str, ...] = TOKENS,
+    vocab: str = VOCAB,
     engine: blocked.Engine = blocked.XLA,
 ) -> LogProbs:
     """`aa_jax.kernels.linear_logprob.api.linear_logprob` over a mesh.

@@ -79,7 +79,7 @@ def test_never_executed_kernels_are_not_chosen_but_obeyed():
     low = jax.ShapeDtypeStruct((4, 64), jnp.bfloat16)
     q = jax.ShapeDtypeStruct((1, 128, 2, 128), jnp.bfloat16)
     with compiling_for(HOPPER):
-        fn = choose("linear_logprob", logprob_api.IMPLEMENTATIONS, hidden=low)
+        fn = choose("linear_logprob", logprob_api.IMPLEMENTATIONS, hidden=low, head=low)
         assert fn is logprob_api.IMPLEMENTATIONS["xla"].fn
         for mask, name in (("intervals", "xla"), ("causal", "cudnn")):
             fn = choose("attention", attention_api.IMPLEMENTATIONS, q=q, mask=mask)

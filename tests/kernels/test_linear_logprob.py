@@ -12,6 +12,7 @@ from jax.test_util import check_grads
 from aa_jax.errors import ConfigError
 from aa_jax.kernels.linear_logprob import linear_logprob, sharded, xla
 from aa_jax.kernels.linear_logprob.spec import Spec
+from aa_jax.platforms.target import Target, compiling_for
 
 N, D, V = 23, 5, 37  # nothing divides anything
 
@@ -301,7 +302,7 @@ def test_vocabulary_over_devices_equals_one_device():
 
 def test_errors_list_the_choices():
     p = problem()
-    with pytest.raises(ConfigError, match=r"'triton'.*\['pallas_tpu', 'reference', 'xla'\]"):
+    with pytest.raises(ConfigError, match="'triton'.*'pallas_hopper', 'pallas_tpu', 'reference'"):
         linear_logprob(p.hidden, p.head, p.targets, impl="triton")
     for name, zero in (("temperature", 0.0), ("softcap", 0.0), ("chunk", 0)):
         with pytest.raises(ConfigError, match=f"{name} must be positive, got 0"):
@@ -337,6 +338,35 @@ def test_explicitly_divided_vocabulary_equals_float64(need_entropy):
             np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-5)
     for a, b in zip(got, grads, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_the_divided_operator_is_asked_for_by_name_or_taken_on_tpus():
+    """Under the mesh of a training step: equal to one device; lowered for TPUs, the kernel."""
+    p = problem(n=24, d=8, v=40)
+    kinds = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.make_mesh((2, 1, 4), ("data", "fsdp", "tensor"), axis_types=kinds)
+
+    def loss(hidden, head, impl):
+        out = linear_logprob(hidden, head, p.targets, mask=p.mask[:1].repeat(24), impl=impl)
+        return out.logps.sum()
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=2)
+    want = step(p.hidden, p.head, "reference")
+    with jax.set_mesh(mesh):
+        got = step(p.hidden, p.head, "sharded")
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+        with compiling_for(Target("tpu", 8)):
+            lowered = step.trace(p.hidden, p.head, "auto").lower(lowering_platforms=("tpu",))
+        assert lowered.as_text().count("@tpu_custom_call") == 2
+        for tokens, vocab, why in ((25, 40, "tokens .25"), (24, 42, "vocabulary .42")):
+            assert re.match(f"the {why}. cannot be divided", sharded.refuses(tokens, vocab))
+    assert "no mesh" in sharded.refuses(24, 40)
+    mesh = jax.make_mesh(
+        (1, 1, 4, 2), ("data", "fsdp", "tensor", "seq"), axis_types=(*kinds, kinds[0])
+    )
+    with jax.set_mesh(mesh):
+        assert "also divides along 'seq'" in sharded.refuses(24, 40)
 
 
 def test_what_cannot_be_divided_says_so():
