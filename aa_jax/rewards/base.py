@@ -12,6 +12,10 @@ wrong number of results     raised: nobody knows which value belongs to which re
 empty response              scored like any other, and counted under "empty"
 ==========================  ======================================================================
 
+A reward that judges every request by itself and leaves the device alone may say so by an attribute
+``overlaps = True``: it is then asked about some responses, in a thread of its own, while others are
+still being written.
+
 Invalid means *masked*: the sample takes part in no advantage and no loss. It is what a sample gets
 that could not be judged (its gold answer is unreadable, the server is down), never a verdict on the
 response: a policy that could make its own samples invalid would learn to do so instead of being
@@ -164,7 +168,11 @@ def evaluate(reward: Reward, requests: Sequence[Request]) -> Scores:
     Raises:
       AaJaxError: the reward's set-up is wrong, see the module's table.
     """
-    results = guard(reward, requests)
+    return collected(requests, guard(reward, requests))
+
+
+def collected(requests: Sequence[Request], results: Sequence[Result]) -> Scores:
+    """The checked results of a batch as arrays; failures are counted, and logged once."""
     counts = Counter(requests=len(requests), valid=sum(result.valid for result in results))
     counts["empty"] = sum(not request.response.strip() for request in requests)
     first: dict[str, str] = {}
@@ -246,6 +254,11 @@ def name_of(reward: Any) -> str:
     return getattr(reward, "__name__", None) or type(reward).__name__
 
 
+def overlaps(reward: Any) -> bool:
+    """Whether a reward may be asked while responses are being written, see the module's text."""
+    return bool(getattr(reward, "overlaps", False))
+
+
 def close(reward: Any) -> None:
     """Ends the worker processes and connections of a reward that has any."""
     if callable(end := getattr(reward, "close", None)):
@@ -278,6 +291,11 @@ class Weighted:
         for name, weight in self.weights.items():
             if not math.isfinite(weight):
                 raise ConfigError(f"the weight of reward {name!r} is {weight}; give a number.")
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether all parts do."""
+        return all(overlaps(reward) for reward in self.rewards.values())
 
     def __call__(self, requests: Sequence[Request]) -> list[Result]:
         columns = {name: guard(reward, requests) for name, reward in self.rewards.items()}
@@ -322,6 +340,11 @@ class Clipped:
         self.reward = reward
         self.low = -math.inf if low is None else low
         self.high = math.inf if high is None else high
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the reward does."""
+        return overlaps(self.reward)
 
     def __call__(self, requests: Sequence[Request]) -> list[Result]:
         return [self._clip(result) for result in guard(self.reward, requests)]

@@ -119,6 +119,8 @@ class CodeTests:
       ConfigError: a limit that does not exist.
     """
 
+    overlaps = True
+
     def __init__(
         self,
         *,

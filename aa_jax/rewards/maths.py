@@ -36,6 +36,8 @@ class Maths:
       RewardError: math-verify is not installed (when first asked).
     """
 
+    overlaps = True
+
     def __init__(
         self,
         *,

@@ -53,6 +53,8 @@ class HttpReward:
         is not set.
     """
 
+    overlaps = True
+
     def __init__(
         self,
         url: str,

@@ -1,7 +1,7 @@
 """The model as it acts: responses to prompts, and what the trainer's own pass says of them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -90,6 +90,7 @@ class Actor:
         seeds: np.ndarray,
         *,
         greedy: bool = False,
+        done: Callable[[int, list[Sample]], None] | None = None,
     ) -> list[list[Sample]]:
         """Samples of every prompt.
 
@@ -98,6 +99,7 @@ class Actor:
           prompts: encoded, without responses.
           seeds: [N, G] uint32, one per sample; the same seed gives the same response.
           greedy: take the likeliest token.
+          done: called with a prompt's number and its samples as soon as they are there.
         """
         samples = seeds.shape[1]
         slots = min(len(prompts), self.batch_rows)
@@ -116,11 +118,16 @@ class Actor:
                 pad_id=self.processor.pad_id,
             )  # fmt: skip
 
-        return self._samplers[key].run(params, len(prompts), batch, seeds)
+        return self._samplers[key].run(params, len(prompts), batch, seeds, done=done)
 
     def text(self, sample: Sample) -> str:
         """The response as text, without its end token."""
         return self.processor.decode(sample.tokens)
+
+    @property
+    def draws(self) -> bool:
+        """Whether responses hold pictures that rewards see."""
+        return self._painter is not None
 
     def read(self, samples: Sequence[Sample]) -> list[tuple[str, tuple[np.ndarray, ...]]]:
         """Text and pictures of every response, see `aa_jax.rewards.base.Request`."""

@@ -9,6 +9,7 @@ this iterator's state in its checkpoints: a killed run continues in the middle o
 the responses it had, bit for bit.
 """
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,15 +18,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from aa_jax import hosts
 from aa_jax.data.collate import Batch, collate
 from aa_jax.data.tokens import Encoded
 from aa_jax.errors import ConfigError, DataError
-from aa_jax.rewards.base import Request, Reward, RewardError, Scores, evaluate
+from aa_jax.rewards.base import Request, Reward, RewardError, Scores
 from aa_jax.rl.actor import Actor, Sample, with_responses
 from aa_jax.rl.alarms import Alarms
 from aa_jax.rl.algorithms import CostLimit
 from aa_jax.rl.estimators import Experience
+from aa_jax.rl.judging import Judge
 from aa_jax.training.metrics import MetricWriter
 
 log = logging.getLogger(__name__)
@@ -248,39 +249,43 @@ class Rollouts(Iterator[Batch]):
         indices = self._chosen()
         encoded = [self.prompts[i] for i in indices]
         seeds = self._generator(2).integers(0, 2**32, (plan.prompts, plan.samples), np.uint32)
-        samples = actor.respond(params, encoded, seeds)
-        read = iter(actor.read([sample for group in samples for sample in group]))
-        answers = [[next(read) for _ in group] for group in samples]
-        texts = [[text for text, _ in group] for group in answers]
-        requests = self._requests(indices, answers, samples)
-        scores = self._judged(self.reward, requests)
+        judges = [Judge(reward) for reward in (self.reward, self._cost) if reward is not None]
+        written: dict[int, list[Request]] = {}
+
+        def put(row: int, answers: Sequence[Sample], read: Sequence[tuple]) -> None:
+            written[row] = self._requests(indices[row], answers, read)
+            for judge in judges:
+                judge.put(row, written[row])
+
+        def done(row: int, answers: Sequence[Sample]) -> None:
+            if not actor.draws:
+                put(row, answers, actor.read(answers))
+
+        with contextlib.ExitStack() as stack:
+            for judge in judges:
+                stack.callback(judge.close)
+            samples = actor.respond(params, encoded, seeds, done=done)
+            if actor.draws:  # pictures are made on the device, all at once
+                read = iter(actor.read([sample for group in samples for sample in group]))
+                for row, group in enumerate(samples):
+                    put(row, group, [next(read) for _ in group])
+            batch, scored = self._scored(params, encoded, samples)
+            scores, *priced = (judge.scores() for judge in judges)
+        texts = [[request.response for request in written[row]] for row in range(plan.prompts)]
         valid = scores.valid.reshape(plan.prompts, plan.samples)
         rewards = scores.values.reshape(valid.shape)
         costs, more = None, {}
-        if self._cost is not None:
-            priced = self._judged(self._cost, requests)
-            valid = valid & priced.valid.reshape(valid.shape)
-            costs = np.where(valid, priced.values.reshape(valid.shape), 0.0).astype(np.float32)
-            more = {k.replace("reward/", "cost/", 1): v for k, v in priced.figures().items()}
+        for found in priced:
+            valid = valid & found.valid.reshape(valid.shape)
+            costs = np.where(valid, found.values.reshape(valid.shape), 0.0).astype(np.float32)
+            more = {k.replace("reward/", "cost/", 1): v for k, v in found.figures().items()}
             more["multiplier"] = self._limit.multiplier
         self._check_paid(valid, scores)
-        batch = collate(
-            [with_responses(*pair) for pair in zip(encoded, samples, strict=True)],
-            self._shapes, "group", pad_id=actor.processor.pad_id,
-        )  # fmt: skip
         # A response without a usable reward teaches nothing, and is not counted as a token either.
         batch["sequence_mask"] = batch["sequence_mask"] * valid.astype(np.float32)
         mask = batch["loss_mask"] * batch["sequence_mask"][..., None]
-        logps = actor.logps(params, batch, self._score_rows)
+        logps, reference, values, cost_values = scored
         gap = self._check_logps(samples, logps)
-        reference = values = cost_values = None
-        if self._reference is not None:
-            reference = actor.logps(self._reference, batch, self._score_rows)
-        if self._critic is not None:
-            values = actor.values(self._critic(self._params), batch, self._score_rows)
-        if self._cost_critic is not None:
-            critic = self._cost_critic(self._params)
-            cost_values = actor.values(critic, batch, self._score_rows)
         coef = 0.0 if self._controller is None else float(self._controller.coef)
         experience = Experience(
             np.where(valid, rewards, 0.0).astype(np.float32), valid.astype(np.float32), logps,
@@ -307,32 +312,38 @@ class Rollouts(Iterator[Batch]):
             self._watch(self._iteration, indices, texts, rewards)
         return batch
 
-    def _requests(
-        self, indices: Sequence[int], answers: Sequence[Sequence[tuple]], samples: Any
-    ) -> list[Request]:
-        requests = []
-        for index, group, sampled in zip(indices, answers, samples, strict=True):
-            prompt = self.sources[index]
-            for (text, pictures), sample in zip(group, sampled, strict=True):
-                meta = {
-                    **prompt.meta, "response_tokens": len(sample.tokens),
-                    "finished": sample.finished,
-                }  # fmt: skip
-                truth = prompt.meta.get(self._reference_key)
-                requests.append(Request(prompt, text, truth, meta, pictures))
-        return requests
+    def _scored(
+        self, params: Any, encoded: Sequence[Encoded], samples: Sequence[Sequence[Sample]]
+    ) -> tuple[Batch, tuple[np.ndarray | None, ...]]:
+        """The responses as a batch; log-probs of policy and reference, values, cost values."""
+        batch = collate(
+            [with_responses(*pair) for pair in zip(encoded, samples, strict=True)],
+            self._shapes, "group", pad_id=self.actor.processor.pad_id,
+        )  # fmt: skip
+        actor, rows = self.actor, self._score_rows
+        logps = actor.logps(params, batch, rows)
+        reference = values = cost_values = None
+        if self._reference is not None:
+            reference = actor.logps(self._reference, batch, rows)
+        if self._critic is not None:
+            values = actor.values(self._critic(self._params), batch, rows)
+        if self._cost_critic is not None:
+            cost_values = actor.values(self._cost_critic(self._params), batch, rows)
+        return batch, (logps, reference, values, cost_values)
 
-    def _judged(self, reward: Any, requests: Sequence[Request]) -> Scores:
-        """What a reward says, the same on every process."""
-        scores = evaluate(reward, requests)
-        if hosts.count() == 1:
-            return scores
-        # Every process asks, as a learned reward needs all of them; a judge that times out or
-        # draws may tell each something else, but what is trained on must be the same.
-        values, valid = hosts.first([scores.values.tolist(), scores.valid.tolist()])
-        return dataclasses.replace(
-            scores, values=np.array(values, np.float32), valid=np.array(valid, bool)
-        )
+    def _requests(
+        self, index: int, answers: Sequence[Sample], read: Sequence[tuple]
+    ) -> list[Request]:
+        """What the reward is asked about one prompt's responses, given their text and pictures."""
+        prompt = self.sources[index]
+        requests = []
+        for sample, (text, pictures) in zip(answers, read, strict=True):
+            meta = {
+                **prompt.meta, "response_tokens": len(sample.tokens), "finished": sample.finished,
+            }  # fmt: skip
+            truth = prompt.meta.get(self._reference_key)
+            requests.append(Request(prompt, text, truth, meta, pictures))
+        return requests
 
     def _check_paid(self, valid: np.ndarray, scores: Scores) -> None:
         """Ends a run that learns nothing because nobody judges it."""

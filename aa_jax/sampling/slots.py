@@ -169,6 +169,7 @@ class SlotSampler:
         prompts: Callable[[Sequence[int], int], Mapping[str, Any]],
         seeds: np.ndarray,
         limits: np.ndarray | None = None,
+        done: Callable[[int, list[Sample]], None] | None = None,
     ) -> list[list[Sample]]:
         """Samples of `count` prompts, in their order.
 
@@ -179,6 +180,7 @@ class SlotSampler:
             the same shapes.
           seeds: [N, G] uint32, one per sample.
           limits: [N, G], longest response of each sample in tokens, 1 to R; None: R for all.
+          done: called with a prompt's number and its samples as soon as they are there.
         """
         seeds = np.asarray(seeds, np.uint32)
         limits = np.full(seeds.shape, self.room) if limits is None else np.asarray(limits)
@@ -212,7 +214,9 @@ class SlotSampler:
             if pending:
                 wake = min(self.prefill_rows, len(pending))
             state = self._jit("decode", self._decode, 1)(params, state, np.int32(wake))
-            state = self._collect(state, holds, found, seeds.shape[1])
+            state, ended = self._collect(state, holds, found, seeds.shape[1])
+            for prompt in ended if done is not None else ():
+                done(prompt, found[prompt])
 
     def _start(self, params: Any, inputs: Mapping[str, Any]) -> State:
         key = tuple(np.shape(x) for x in jax.tree.leaves(inputs))
@@ -259,18 +263,20 @@ class SlotSampler:
 
     def _collect(
         self, state: State, holds: np.ndarray, found: list[list[Sample]], samples: int
-    ) -> State:
+    ) -> tuple[State, list[int]]:
         """Takes the samples of slots that are done, and ends those that met a stop text."""
         names = ("next", "samples", "live", "sample", "tokens", "logps")
         seen = _to_host({name: state[name] for name in names})
         live = seen["live"].reshape(-1, self.lanes)
         done = ~live.any(1) & (seen["next"] >= seen["samples"])
+        ended = []
         for slot in np.flatnonzero(done & (holds >= 0)):
             both = zip(seen["tokens"][slot], seen["logps"][slot], strict=True)
             found[holds[slot]] = [self._sample(*pair) for pair in itertools.islice(both, samples)]
+            ended.append(int(holds[slot]))
             holds[slot] = -1
         if self.stop is None or done.all():
-            return state
+            return state, ended
         limits = np.full((len(holds), self.samples), self.room, np.int32)
         sample = seen["sample"].reshape(live.shape)
         for slot, lane in zip(*np.nonzero(live), strict=True):
@@ -280,7 +286,7 @@ class SlotSampler:
                 limits[at] = 1
         shorten = self._jit("shorten", lambda _, state, new: {
             **state, "limits": jnp.minimum(state["limits"], new)}, 1)  # fmt: skip
-        return shorten(None, state, limits)
+        return shorten(None, state, limits), ended
 
     def _narrow(self, state: State, holds: np.ndarray) -> tuple[State, np.ndarray]:
         """The slots that still write, and some that do not, in a state of few slots."""

@@ -1,5 +1,7 @@
 """On-policy batches: what stands in them, and that being killed changes nothing."""
 
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -200,3 +202,36 @@ def test_other_data_stands_beside(world, actor, count_ones):
     batches = take(source, params, 6)
     assert asked == [(update, 2) for update in range(6)]
     assert (batches[5]["ptx"]["tokens"] == 5).all()
+
+
+def test_rewards_are_computed_beside_generation_and_scoring(world, actor, count_ones, monkeypatch):
+    """The reward begins while responses are written and ends after they are scored; what is trained
+    on is the same."""
+    plain, params = rollouts(world, actor, count_ones)
+    expected = take(plain, params, 1)
+    begun, scored, seen = threading.Event(), threading.Event(), []
+
+    def slow(requests):
+        begun.set()
+        seen.append(scored.wait(60))
+        return count_ones(requests)
+
+    slow.overlaps = True
+
+    def respond(*args, done, **kwargs):
+        def told(row, samples):
+            done(row, samples)
+            assert begun.wait(60)  # not only after all are written
+
+        return type(actor).respond(actor, *args, done=told, **kwargs)
+
+    def logps(*args):
+        values = type(actor).logps(actor, *args)
+        scored.set()
+        return values
+
+    monkeypatch.setattr(actor, "respond", respond)
+    monkeypatch.setattr(actor, "logps", logps)
+    source, _ = rollouts(world, actor, slow)
+    jax.tree.map(np.testing.assert_array_equal, take(source, params, 1), expected)
+    assert all(seen) and source.figures == plain.figures
