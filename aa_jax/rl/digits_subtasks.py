@@ -18,7 +18,7 @@ from PIL import Image
 
 from aa_jax.data import digits
 from aa_jax.data.collate import plan_shapes
-from aa_jax.data.digits import generation
+from aa_jax.data.digits import generation, makers
 from aa_jax.data.digits.images import SPLITS, png_bytes
 from aa_jax.data.encoded import EncodedExamples
 from aa_jax.data.example import Example, Message, Part, message
@@ -230,11 +230,14 @@ class Drawings:
     def scores(
         self, records: Sequence[Order], answers: Sequence[Mapping]
     ) -> dict[str, list[float]]:
-        """The oracle's grades of every answer, their mean, and the length in words."""
-        found = Oracle()(self.requests(records, answers))
+        """The oracle's grades of every answer, their mean, and how many digits are drawn."""
+        requests = self.requests(records, answers)
+        found = Oracle()(requests)
         table = {name: [one.parts[name] for one in found] for name in found[0].parts}
         table["mean"] = [float(one.value) for one in found]
-        table["words"] = [float(len(line["text"].split())) for line in answers]
+        table["drawn"] = [
+            float(sum(len(makers.read_picture(p)) for p in one.pictures)) for one in requests
+        ]
         return table
 
     def pairs(

@@ -11,13 +11,13 @@ from aa_jax.eval.statistics import across_seeds, wins
 from aa_jax.llf.stages import summary
 
 COLUMNS = ("arm", "reward model's score", "KL, nats", "true mean, T = 1", "win rate %, T = 1",
-           "win rate %, greedy", "words")  # fmt: skip
+           "win rate %, greedy")  # fmt: skip
 
 
 def table(folders: Sequence[Path]) -> str:
     """Markdown: scores and KL per seed, the rest with 95 % intervals over seeds and prompts.
 
-    Runs with a cost have a column with its mean.
+    How long answers are is counted in words or in digits drawn; runs with a cost have its mean.
 
     Args:
       folders: run directories, one per seed, of the same config.
@@ -43,7 +43,10 @@ def table(folders: Sequence[Path]) -> str:
         return across_seeds([wins(a, b) for a, b in pairs]).format(1, 100)
 
     costs = "cost" in scores(folders[0], "initial")
-    columns = (*COLUMNS, "mean cost, T = 1") if costs else COLUMNS
+    size, title = "words", "words"
+    if "drawn" in scores(folders[0], "initial"):
+        size, title = "drawn", "digits drawn"
+    columns = (*COLUMNS, title, "mean cost, T = 1") if costs else (*COLUMNS, title)
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in (name for name in found[0] if not name.endswith("_greedy")):
         arm = row.removesuffix("_by_reward")
@@ -54,11 +57,11 @@ def table(folders: Sequence[Path]) -> str:
             if cell["arm"] == arm and cell["lr"] == one["chosen"][by][arm]
         ]  # fmt: skip
         mean = across_seeds([scores(folder, row)["mean"] for folder in folders])
-        words = np.mean([scores(folder, row)["words"].mean() for folder in folders])
+        length = np.mean([scores(folder, row)[size].mean() for folder in folders])
         paid = " / ".join(f"{one[row]['reward']:.2f}" for one in found)
         lines.append(
             f"| {row} | {paid} | {' / '.join(kls)} | {mean.format(3)} | {won(row, 'initial')} | "
-            f"{won(row + '_greedy', 'initial_greedy')} | {words:.1f} |"
+            f"{won(row + '_greedy', 'initial_greedy')} | {length:.1f} |"
         )
         if costs:
             lines[-1] += f" {across_seeds([scores(f, row)['cost'] for f in folders]).format(3)} |"

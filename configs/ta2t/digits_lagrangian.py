@@ -28,11 +28,12 @@ def get_config() -> ConfigDict:
         "critic_lr_scale": 3.0,
     }
     config.algorithms = {
-        "ppo": common,
         "ppo_lagrangian": {
             **common,
             "limit": {"threshold": -0.4, "initial": 1.0, "lr": 0.5, "maximum": 10.0},
         },
+        "ppo": common,
     }
+    config.rollout.iterations = 30
     config.cost = {"kind": "falsehood"}
     return config
