@@ -145,7 +145,7 @@ class Theirs:
                 tokens.append(token)
                 out = self.model(token, past_key_values=cache, use_cache=True)
                 logits = out.logits[:, -1]
-            cache.crop(self.ids.shape[1])
+            cache.crop(-self.size.new_tokens)
         return torch.cat(tokens, 1).numpy()
 
     @torch.inference_mode()
@@ -191,6 +191,7 @@ def main() -> None:
     size = dataclasses.replace(SIZES[flags["size"]], **given)
     platforms.start()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     prompts = np.random.default_rng(0).integers(1, size.vocab, (size.rows, size.prompt))
     prompts = prompts.astype(np.int32)
     with tempfile.TemporaryDirectory() as folder:

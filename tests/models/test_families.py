@@ -7,6 +7,7 @@ import pytest
 
 from aa_jax import models
 from aa_jax.models import heads
+from aa_jax.sampling import generate, make_sampler
 
 FAMILIES = ("llama", "qwen2", "qwen3", "llava", "qwen2_vl", "qwen2_5_vl")
 
@@ -83,3 +84,24 @@ def test_rows_do_not_see_each_other(family, world, vl):
     for row in range(2):
         alone = jax.tree.map(lambda x, row=row: x[row : row + 1], batch)
         np.testing.assert_allclose(score(params, alone)[0], both[row], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_needs_no_cache(family, world, vl):
+    """64 tokens decoded with a cache are the most likely ones of one pass over prompt and text."""
+    model, params, batch = make(family, world, vl)
+    params, last = params["model"], batch["last_positions"][:, 0]
+    sampler = make_sampler(model, max_new_tokens=64, eos_ids=[10**6], temperature=0.0)
+    inputs = {k: x for k, x in batch.items() if k != "target_positions"}
+    written = generate(sampler, params, inputs, np.zeros(2, np.uint32)).tokens
+    whole = padded(batch, 0, 64)
+    for row, start in enumerate(last + 1):
+        where = slice(start, start + 64)
+        after = int(batch["positions"][row].max()) + 1 + np.arange(64)
+        whole["tokens"][row, where] = written[row]
+        whole["positions"][row, where] = after if whole["positions"].ndim == 2 else after[:, None]
+        whole["intervals"][row, where, 3] = np.arange(start, start + 64) + 1
+    logits = np.asarray(world.logits(model, params, whole))
+    for row, start in enumerate(last):
+        np.testing.assert_array_equal(logits[row, start : start + 64].argmax(-1), written[row])
