@@ -21,6 +21,11 @@ def load(ref, layout) -> jax.Array:
     return plgpu.load(ref, *_INDEX, layout=layout, optimized=False)
 
 
+def transposed(ref):
+    """A matrix in shared memory as the other kind of operand."""
+    return plgpu.transpose_ref(ref, (1, 0)) if _INDEX else ref.transpose((1, 0))
+
+
 def full(shape: tuple[int, ...], value: float, layout) -> jax.Array:
     """Float32 registers of one value."""
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)

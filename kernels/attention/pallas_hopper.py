@@ -204,10 +204,6 @@ def _dot(plan, a, b, into):
     return pl.run_state(more)(plgpu.ACC.init(into))
 
 
-def _transposed(ref):
-    return plgpu.transpose_ref(ref, (1, 0))
-
-
 def _zeros(plan):
     return hopper.full((_ROWS, plan.depth), 0.0, plgpu.Layout.WGMMA)
 
@@ -239,7 +235,7 @@ def _forward(q, k, v, intervals, scale, sizes, interpret):
         def step(index, keys, values, keys_done, values_done, carry):
             acc, top, total, bounds = carry
             first = at.order[index[0]] * plan.width
-            scores = _dot(plan, q_buffer.at[at.warpgroup], _transposed(keys), shape) * scale
+            scores = _dot(plan, q_buffer.at[at.warpgroup], hopper.transposed(keys), shape) * scale
             plgpu.barrier_arrive(keys_done)
             seen = _seen(bounds, first, shape, 1)
             top, total, factor, weights = tile.softmax_step(top, total, scores, seen, 1)
@@ -289,10 +285,10 @@ def _dq(q, k, v, dout, lse, delta, intervals, scale, sizes, interpret):
         def step(index, keys, values, keys_done, values_done, carry):
             acc, sums, deltas, bounds = carry
             first = at.order[index[0]] * plan.width
-            scores = _dot(plan, q_buffer.at[at.warpgroup], _transposed(keys), shape) * scale
+            scores = _dot(plan, q_buffer.at[at.warpgroup], hopper.transposed(keys), shape) * scale
             seen = _seen(bounds, first, shape, 1)
             weights = tile.weights_again(scores, tile.spread(sums, shape, 0), seen)
-            dweights = _dot(plan, dout_buffer.at[at.warpgroup], _transposed(values), shape)
+            dweights = _dot(plan, dout_buffer.at[at.warpgroup], hopper.transposed(values), shape)
             plgpu.barrier_arrive(values_done)
             dscores = weights * (dweights - tile.spread(deltas, shape, 0)) * scale
             acc = _dot(plan, dscores.astype(q.dtype), keys, acc)
@@ -332,14 +328,14 @@ def _dkv(q, k, v, dout, lse, delta, intervals, scale, sizes, interpret):
         def step(_, q, dout, lse, delta, limits, q_done, dout_done, lse_done, delta_done,
                  limits_done, carry):  # fmt: skip
             dk, dv = carry
-            scores = _dot(plan, k_buffer.at[at.warpgroup], _transposed(q), shape) * scale
+            scores = _dot(plan, k_buffer.at[at.warpgroup], hopper.transposed(q), shape) * scale
             # Read late: one value per column takes as many registers as a quarter of the scores.
             bounds = (hopper.load(limits.at[n], hopper.PER_COLUMN) for n in range(4))
             seen = _seen(bounds, at.first, shape, 0)
             sums = tile.spread(hopper.load(lse, hopper.PER_COLUMN), shape, 1)
             weights = tile.weights_again(scores, sums, seen)
             dv = _dot(plan, weights.astype(q.dtype), dout, dv)
-            dweights = _dot(plan, v_buffer.at[at.warpgroup], _transposed(dout), shape)
+            dweights = _dot(plan, v_buffer.at[at.warpgroup], hopper.transposed(dout), shape)
             plgpu.barrier_arrive(dout_done)
             deltas = tile.spread(hopper.load(delta, hopper.PER_COLUMN), shape, 1)
             for done in (lse_done, delta_done, limits_done):

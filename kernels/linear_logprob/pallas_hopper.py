@@ -232,7 +232,7 @@ def _matmul(hidden, weight, epilogue, alive, extra, bias, sizes, interpret, *, o
                         epilogue(acc[...], place, (*given, out_ref, staged.at[group]))
 
                 def step(_, h, w, acc):
-                    plgpu.wgmma(acc, h.at[mine], plgpu.transpose_ref(w, (1, 0)))
+                    plgpu.wgmma(acc, h.at[mine], hopper.transposed(w))
                     plgpu.wgmma_wait(1)
                     return acc
 
