@@ -203,7 +203,14 @@ def test_a_killed_run_goes_on_where_it_was(world, tower_runs, tmp_path, monkeypa
     assert tower_runs["runs"] == 0
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "bit", "header", "swapped"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "cut",
+        "bit",
+        *(pytest.param(d, marks=pytest.mark.slow) for d in ("empty", "header", "swapped")),
+    ],
+)
 def test_damaged_features_are_computed_again_aloud(damage, world, tmp_path, caplog):
     if damage != "bit" and world[0].family != "llava":
         pytest.skip("files are the same for all families")

@@ -85,10 +85,14 @@ def test_a_prompt_that_would_merge_with_the_answer_is_left_as_sampled(kit):
     assert processor.decode([*prompt, *encoded.responses[0]]) == "USER: hi\nASSISTANT: three"
 
 
+# Not characters (Unicode 23.7): some mark places while a template is rendered, and in a text they
+# are replaced.
+RESERVED = [chr(code) for code in range(0xFDD0, 0xFDD8)]
+REPLACED = str.maketrans(dict.fromkeys(RESERVED[:4], "\ufffd"))
 PIECES = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
     st.sampled_from(
-        ["<|im_end|>", "</s>", "<image>", " ", "\n", "ASSISTANT: ", "\ufdd0", "{{ x }}"]
+        ["<|im_end|>", "</s>", "<image>", " ", "\n", "ASSISTANT: ", "{{ x }}", *RESERVED]
     ),
 )
 FIELDS = st.lists(PIECES, min_size=1, max_size=5).map("".join)
@@ -109,7 +113,7 @@ def test_any_text_gives_exact_spans(kit, question, answer):
         np.testing.assert_array_equal(encoded.prompt, processor.encode_prompt(item.messages))
         assert list(ids).count(processor.end_id) == 1 and ids[-1] == processor.end_id
         if name != "llava":
-            shown = answer.replace("\ufdd0", "\ufffd")
+            shown = answer.translate(REPLACED)
             assert processor.decode(ids[:-1], skip_special_tokens=False) == shown
 
 

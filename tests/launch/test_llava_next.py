@@ -26,6 +26,7 @@ TINY = dict(vision_dim=16, vision_layers=2, vision_heads=2, dim=32, layers=2, he
             mlp_dim=48)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_dpo_on_images_of_different_sizes(tmp_path):
     processor = digits.write_processor(tmp_path / "processor", max_digits=3, patch=8)
     changes = {

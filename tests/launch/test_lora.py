@@ -177,6 +177,7 @@ def buffers(tree):
     return {shard.data.unsafe_buffer_pointer() for shard in shards}
 
 
+@pytest.mark.slow
 def test_policy_critic_and_reference_of_ppo_share_one_base(
     checkpoint, preferences, tmp_path, monkeypatch
 ):

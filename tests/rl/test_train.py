@@ -64,6 +64,7 @@ def test_every_algorithm(world, count_ones, tmp_path, algorithm):
     )
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_an_iteration(world, count_ones, tmp_path):
     """A checkpoint after the first of four minibatches; the same final parameters, bit for bit."""
     options = dict(
