@@ -21,6 +21,7 @@ import transformers
 from clock import cores, environment, measure, show, timed
 
 from aa_jax import models, platforms
+from aa_jax.models import caches
 
 OURS, BARE, GENERATE = "aa_jax", "transformers, a bare loop", "transformers' generate"
 
@@ -95,12 +96,14 @@ class Ours:
 
         @jax.jit
         def decode(params, logits, cache):
-            head = model.head(params)
+            # As in the samplers.
+            head, decode_one = model.head(params), model.decoder(params)
+            cache = caches.for_loop(cache)
 
             def step(carry, _):
                 logits, cache = carry
                 token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-                hidden, cache = model.decode(params, token, cache)
+                hidden, cache = decode_one(token, cache)
                 return (hidden @ head.T, cache), token
 
             return jax.lax.scan(step, (logits, cache), length=size.new_tokens)[1].T
