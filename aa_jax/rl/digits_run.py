@@ -60,6 +60,7 @@ def run(
     test_prompts: int = 1024,
     seed: int = 0,
     max_digits: int = 3,
+    min_digits: int = 1,
     frozen: Sequence[str] = ("vision_tower/*",),
     sampling: Mapping[str, Any] | None = None,
     optim: Mapping[str, Any] | None = None,
@@ -90,7 +91,8 @@ def run(
       validation_prompts: on which the learning rates are chosen.
       test_prompts: held out: images of test digits, or sequences of digits where no image is shown.
       seed: of everything.
-      max_digits: digits per strip.
+      max_digits: most digits shown or drawn.
+      min_digits: fewest; must be 1 for TI2T, whose initial model is another pipeline's.
       frozen: globs of parameters that do not train.
       sampling: `batch_rows`, `temperature`.
       optim: keyword arguments of `make_optimizer` but the rate.
@@ -104,13 +106,14 @@ def run(
       ConfigError: unknown labels.
     """
     hosts.only_one("the digits experiment")
-    _check(subtask, labels, algorithms, cost)
+    _check(subtask, labels, algorithms, cost, min_digits)
     workdir = Path(workdir)
     lab = Lab(
         workdir=workdir, mesh=make_mesh(**(mesh or {})), seed=seed,
         lengths=Lengths(**llf.default_lengths(max_digits)), **(sampling or {}),
     )  # fmt: skip
-    asked = subtask_of(subtask, lab, max_digits, str(workdir / digits_start.TOKENIZER))
+    tokenizer = str(workdir / digits_start.TOKENIZER)
+    asked = subtask_of(subtask, lab, max_digits, tokenizer, min_digits)
     llava = subtask == "TI2T"
     begin = START if llava else digits_start.STAGES
     base = str(workdir / digits_start.BASE)
@@ -255,7 +258,14 @@ def labelled_pairs(workdir: Path, asked: Any, records: Sequence, labels: str) ->
     return asked.pairs(records, first, second)
 
 
-def _check(subtask: str, labels: str, algorithms: Mapping[str, Mapping], cost: Any) -> None:
+def _check(
+    subtask: str, labels: str, algorithms: Mapping[str, Mapping], cost: Any, min_digits: int
+) -> None:
+    if subtask == "TI2T" and min_digits != 1:
+        raise ConfigError(
+            f"min_digits is {min_digits}; of TI2T it must be 1: its initial model and the answers "
+            "for the reward model come from the pipeline of language feedback, which shows all."
+        )
     known = LABELS if subtask == "TI2T" else LABELS[:1]
     if labels not in known:
         raise ConfigError(

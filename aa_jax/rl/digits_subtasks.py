@@ -45,11 +45,14 @@ class Texts:
       subtask: key of `aa_jax.small_models.SHOWN`.
       lab: shared settings of the run; `fit` sets its lengths.
       max_digits: most digits shown.
+      min_digits: fewest digits shown.
     """
 
-    def __init__(self, subtask: str, lab: Lab, max_digits: int):
+    def __init__(self, subtask: str, lab: Lab, max_digits: int, min_digits: int = 1):
         self.subtask, self.lab, self.max_digits = subtask, lab, max_digits
-        self._shown = {"max_digits": max_digits, "media": SHOWN[subtask]}
+        self._shown = {
+            "max_digits": max_digits, "media": SHOWN[subtask], "min_digits": min_digits
+        }  # fmt: skip
 
     def fit(self, base: str) -> None:
         """Plans the static lengths of prompts for the tokens of a checkpoint folder."""
@@ -129,10 +132,14 @@ class Drawings:
       lab: shared settings of the run.
       max_digits: most digits drawn, the edge of the canvas.
       tokenizer: folder of the image tokenizer with its decoder.
+      min_digits: fewest digits ordered.
     """
 
-    def __init__(self, subtask: str, lab: Lab, max_digits: int, tokenizer: str):
+    def __init__(
+        self, subtask: str, lab: Lab, max_digits: int, tokenizer: str, min_digits: int = 1
+    ):
         self.subtask, self.lab, self.max_digits = subtask, lab, max_digits
+        self.min_digits = min_digits
         self.tokenizer = tokenizer
         self._actors: dict[Any, Actor] = {}  # by what they are compiled for
 
@@ -141,7 +148,8 @@ class Drawings:
 
     def _order(self, stream: int, seed: int, split: str, index: int) -> tuple[Order, Any]:
         rng = np.random.default_rng((stream, list(SPLITS).index(split), seed, index))
-        return generation.sample_order(self.subtask, split, rng, self.max_digits), rng
+        span = self.max_digits, self.min_digits
+        return generation.sample_order(self.subtask, split, rng, *span), rng
 
     def _example(self, order: Order, answers: Sequence[generation.Answer] = ()) -> Example:
         shown = order.scene.media()
@@ -273,7 +281,9 @@ def _compared(chosen: Example, rejected: Example) -> Example:
     )
 
 
-def subtask_of(name: str, lab: Lab, max_digits: int, tokenizer: str) -> Texts | Drawings:
+def subtask_of(
+    name: str, lab: Lab, max_digits: int, tokenizer: str, min_digits: int = 1
+) -> Texts | Drawings:
     """The subtask of a name.
 
     Args:
@@ -281,12 +291,13 @@ def subtask_of(name: str, lab: Lab, max_digits: int, tokenizer: str) -> Texts | 
       lab: shared settings of the run.
       max_digits: most digits shown or drawn.
       tokenizer: folder of the image tokenizer, where images are drawn.
+      min_digits: fewest digits shown or ordered.
 
     Raises:
       ConfigError: there is none of that name.
     """
     if name in SHOWN:
-        return Texts(name, lab, max_digits)
+        return Texts(name, lab, max_digits, min_digits)
     if name in DRAWN:
-        return Drawings(name, lab, max_digits, tokenizer)
+        return Drawings(name, lab, max_digits, tokenizer, min_digits)
     raise ConfigError(f"subtask is {name!r}; it must be one of {', '.join((*SHOWN, *DRAWN))}.")

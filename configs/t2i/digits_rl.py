@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
         "subtask": "T2I",
         "seed": 0,
         "max_digits": 2,
+        "min_digits": 2,  # as many as the test orders, where sequences are held out
         "start": {
             "image_tokenizer": {
                 "sizes": {"codes": 128, "embed_dim": 8},

@@ -86,13 +86,17 @@ class Examples(Sequence):
 
     stream: int  # keeps the random streams of different kinds of sets apart, whatever their seeds
 
-    def __init__(self, n: int, seed: int, split: str, max_digits: int, kind: str = "image"):
+    def __init__(
+        self, n: int, seed: int, split: str, max_digits: int, kind: str = "image",
+        min_digits: int = 1,
+    ):  # fmt: skip
         check_max_digits(max_digits)
         load_digits().split(split)
         if kind not in MEDIA_KINDS:
             raise DataError(f"the digits are shown as {', '.join(MEDIA_KINDS)}; got {kind!r}.")
         self.kind = kind
         self.n, self.seed, self.split, self.max_digits = n, seed, split, max_digits
+        self.min_digits = min_digits
         self.split_index = list(SPLITS).index(split)
 
     def __len__(self) -> int:
@@ -110,6 +114,10 @@ class Examples(Sequence):
     def rng(self, index: int) -> np.random.Generator:
         """The random stream of one example: its own per kind of set, split, seed and index."""
         return np.random.default_rng((self.stream, self.split_index, self.seed, index))
+
+    def scene(self, rng: np.random.Generator):
+        """Digits of the split, as many as asked for, and what shows them."""
+        return sample_scene(self.split, rng, self.max_digits, self.kind, self.min_digits)
 
     @abc.abstractmethod
     def make(self, index: int) -> Example:
@@ -134,8 +142,9 @@ class SftExamples(Examples):
         break_right: float = 0.7,
         flaws: Mapping[str, float] | None = None,
         media: str = "image",
+        min_digits: int = 1,
     ):
-        super().__init__(n, seed, split, max_digits, media)
+        super().__init__(n, seed, split, max_digits, media, min_digits)
         unknown = sorted(set(mix) - set(KINDS))
         if unknown or not np.isclose(sum(mix.values()), 1):
             raise ConfigError(
@@ -150,7 +159,7 @@ class SftExamples(Examples):
         """Example ``index``, a function of the seed and the index."""
         rng = self.rng(index)
         kind = KINDS[int(np.searchsorted(self.bounds, rng.random(), side="right"))]
-        digits, scene = sample_scene(self.split, rng, self.max_digits, self.kind)
+        digits, scene = self.scene(rng)
         task = sample_task(digits, rng)
         question = scene.ask(task.question)
         response = sample_response(task, rng, **self.flaws).text
@@ -176,7 +185,7 @@ class EvaluationPrompts(Examples):
     def make(self, index: int) -> Example:
         """Prompt ``index``, a function of the seed and the index."""
         rng = self.rng(index)
-        digits, scene = sample_scene(self.split, rng, self.max_digits, self.kind)
+        digits, scene = self.scene(rng)
         task = sample_task(digits, rng)
         asked = prompts.answer(scene.ask(task.question), self.kind)
         return Example("prompt", asked, perfect_response(task).text, task, scene)
@@ -200,7 +209,7 @@ def sft_examples(
         **options: ``max_digits`` (3), ``true_refinements`` (0.5), ``follow`` (0.85),
             ``break_right`` (0.7), ``flaws`` (rates of
             :func:`~aa_jax.data.digits.responses.sample_response`), ``media`` (what shows the
-            digits: "image", "text", "audio" or "video").
+            digits: "image", "text", "audio" or "video"), ``min_digits`` (1).
 
     Raises:
         ConfigError: unknown kind, or shares that do not add up to 1.
@@ -210,12 +219,13 @@ def sft_examples(
 
 
 def evaluation_prompts(
-    n: int, seed: int, split: str = "test", *, max_digits: int = 3, media: str = "image"
-) -> EvaluationPrompts:
+    n: int, seed: int, split: str = "test", *, max_digits: int = 3, media: str = "image",
+    min_digits: int = 1,
+) -> EvaluationPrompts:  # fmt: skip
     """Prompts of kind "prompt" whose ``target`` is the perfect answer.
 
     Use split "train" to collect answers for preference data, "validation" to choose settings,
     "test" once. Other splits are other prompts, also
     under the same seed.
     """
-    return EvaluationPrompts(n, seed, split, max_digits, media)
+    return EvaluationPrompts(n, seed, split, max_digits, media, min_digits)

@@ -83,7 +83,13 @@ class Answer:
     meant: tuple[int, ...]
 
 
-def sample_order(subtask: str, split: str, rng: np.random.Generator, max_digits: int = 3) -> Order:
+def sample_order(
+    subtask: str,
+    split: str,
+    rng: np.random.Generator,
+    max_digits: int = 3,
+    min_digits: int = 1,
+) -> Order:
     """A random instruction; "same" is not asked where there is nothing else to do (TI2TI).
 
     Raises:
@@ -92,7 +98,7 @@ def sample_order(subtask: str, split: str, rng: np.random.Generator, max_digits:
     check_max_digits(max_digits)
     if subtask not in SUBTASKS:
         raise DataError(f"media are answered in {', '.join(SUBTASKS)}; got {subtask!r}.")
-    digits, scene = sample_scene(split, rng, max_digits, SUBTASKS[subtask][1])
+    digits, scene = sample_scene(split, rng, max_digits, SUBTASKS[subtask][1], min_digits)
     offered = list(CHANGES) if subtask != "TI2TI" else ["next", "reverse"]
     change = offered[int(rng.random() * len(offered))]
     return Order(subtask, digits, change, scene, split, max_digits)

@@ -155,7 +155,11 @@ _SCENES = {scene.kind: scene for scene in (Scene, Written, Dialled, Film)}
 
 
 def sample_scene(
-    split: str, rng: np.random.Generator, max_digits: int = 3, kind: str = "image"
+    split: str,
+    rng: np.random.Generator,
+    max_digits: int = 3,
+    kind: str = "image",
+    min_digits: int = 1,
 ) -> tuple[tuple[int, ...], Scene | Written | Dialled | Film]:
     """Random digits of a split: their labels and the scene that shows them.
 
@@ -163,18 +167,22 @@ def sample_scene(
     image is shown, what is held out are sequences of digits: `sequence_split`.
 
     Raises:
-        DataError: no such kind.
+        DataError: no such kind, or impossible numbers of digits.
     """
     if kind not in _SCENES:
         raise DataError(f"the digits are shown as {', '.join(KINDS)}; got {kind!r}.")
+    if not 1 <= min_digits <= max_digits:
+        raise DataError(
+            f"min_digits must be from 1 to max_digits ({max_digits}); got {min_digits}."
+        )
     if kind in ("text", "audio"):
-        labels = _sample_sequence(split, rng, max_digits)
+        labels = _sample_sequence(split, rng, max_digits, min_digits)
         if kind == "text":
             return labels, Written(labels)
         return labels, Dialled(labels, int(rng.integers(2**31)))
     digits = load_digits()
     ids = digits.split(split)
-    count = 1 + int(rng.random() * max_digits)
+    count = min_digits + int(rng.random() * (max_digits - min_digits + 1))
     sources = tuple(int(ids[int(rng.random() * len(ids))]) for _ in range(count))
     labels = tuple(int(digits.labels[source]) for source in sources)
     if kind == "video":
@@ -197,13 +205,15 @@ def sequence_split(labels: tuple[int, ...]) -> str:
     return "validation" if bucket == 0 else "test" if bucket < 3 else "train"
 
 
-def _sample_sequence(split: str, rng: np.random.Generator, max_digits: int) -> tuple[int, ...]:
+def _sample_sequence(
+    split: str, rng: np.random.Generator, max_digits: int, min_digits: int
+) -> tuple[int, ...]:
     if split not in SPLITS:
         raise DataError(f"the digits are split into {', '.join(SPLITS)}; got {split!r}.")
     if max_digits < 2 and split != "train":
         raise DataError("single digits are all training data; use max_digits of 2 or more.")
     while True:
-        count = 1 + int(rng.random() * max_digits)
+        count = min_digits + int(rng.random() * (max_digits - min_digits + 1))
         labels = tuple(int(d) for d in rng.integers(10, size=count))
         if sequence_split(labels) == split:
             return labels

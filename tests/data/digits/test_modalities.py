@@ -110,6 +110,20 @@ def test_every_scene_shows_its_digits_and_comes_back_from_json(kind):
             assert set(scene.sources) <= set(load_digits().split("test").tolist())
 
 
+@pytest.mark.parametrize("kind", ["text", "audio", "video", "image"])
+def test_at_least_so_many_digits_are_shown(kind):
+    for least, most in ((1, 3), (2, 2), (2, 3)):
+        sets = (evaluation_prompts, sft_examples)
+        shown = {
+            len(example.task.digits)
+            for some in sets
+            for example in some(60, 0, "train", max_digits=most, min_digits=least, media=kind)
+        }
+        assert shown == set(range(least, most + 1))
+    with pytest.raises(DataError, match="min_digits must be from 1 to max_digits .3.; got 4"):
+        evaluation_prompts(1, 0, media=kind, min_digits=4)[0]
+
+
 @pytest.mark.parametrize("kind", ["text", "audio"])
 def test_sequences_are_held_out_where_no_image_is(kind):
     seen = {
