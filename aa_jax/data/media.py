@@ -25,6 +25,11 @@ from PIL import Image, ImageFile, ImageOps
 from aa_jax.data.example import Example, Media
 from aa_jax.errors import MediaError
 
+# Broken EXIF and odd TIFF tags warn; the pixels are what counts here. Said once, after any filter
+# of the user's: images are decoded in threads, and `warnings.catch_warnings` in one thread changes,
+# and at last undoes, the filters of all.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.", append=True)
+
 _DATA_URL = re.compile(r"data:(?P<mime>[\w.+-]+/[\w.+-]+)?(;[\w=-]+)*;base64,", re.ASCII)
 _NO_IMAGE_FIX = "Remove or repair the row, or point media_root at the folder with the images."
 
@@ -127,12 +132,9 @@ def decode_image(value: Any, *, root: str | None = None, where: str = "") -> Ima
         data = read_bytes(value, root, where)
         name = f" ({value.path})" if value.path else ""
         try:
-            with warnings.catch_warnings():
-                # Broken EXIF and odd TIFF tags warn; the pixels are what counts here.
-                warnings.simplefilter("ignore", UserWarning)
-                image = Image.open(io.BytesIO(data))
-                _load_whole(image)
-                image = ImageOps.exif_transpose(image)
+            image = Image.open(io.BytesIO(data))
+            _load_whole(image)
+            image = ImageOps.exif_transpose(image)
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise MediaError(
                 f"{where or 'A row'}: cannot decode the image{name}, {len(data)} bytes: {error}. "

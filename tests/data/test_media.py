@@ -2,6 +2,9 @@
 
 import base64
 import io
+import subprocess
+import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -90,6 +93,30 @@ def test_orientation_is_applied_as_in_transformers(kit, tmp_path):
     got = media.decode_image(str(path))
     np.testing.assert_array_equal(np.asarray(got), np.asarray(load_image(str(path))))
     assert media.image_size(str(path)) == (60, 40) == (got.height, got.width)
+
+
+def test_broken_exif_is_decoded_without_a_word_and_without_touching_the_filters(kit, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "words" * 10
+    data = bytearray(kit.image_bytes(kit.random_image(), "JPEG", exif=exif))
+    data[data.index(b"Exif") + 6 + 8] = 255  # as many tags as no file has
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(data)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        Image.open(path).getexif()
+    assert "Corrupt EXIF" in str(said[0].message)
+    program = f"""
+import threading, warnings
+from aa_jax.data import media
+before = list(warnings.filters)
+work = lambda: [media.decode_image({str(path)!r}) for _ in range(50)]
+threads = [threading.Thread(target=work) for _ in range(8)]
+_ = [t.start() for t in threads], [t.join() for t in threads]
+assert warnings.filters == before
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0 and not run.stderr, run.stderr
 
 
 def test_truncated_and_foreign_bytes(kit):
