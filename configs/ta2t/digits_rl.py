@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
         "subtask": "TA2T",
         "seed": 0,
         "max_digits": 2,
+        "min_digits": 2,  # as many as the test shows, where sequences are held out
         "start": {
             "model": {
                 "text": {"dim": 64, "layers": 3, "heads": 4, "kv_heads": 4, "mlp_dim": 192},
@@ -30,7 +31,7 @@ def get_config() -> ConfigDict:
             },
             "demonstrations": {"n": 6000},
             "sft": {**packed, "steps": 250, "optim": {"lr": 1e-3, "weight_decay": 0.01}},
-            "preference_prompts": 3000,
+            "preference_prompts": 6000,
         },
         "labels": "oracle",
         "reward": {"batch_rows": 32, "epochs": 3, "optim": {"lr": 5e-4, "weight_decay": 0.01}},

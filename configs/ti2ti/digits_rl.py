@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
         "subtask": "TI2TI",
         "seed": 0,
         "max_digits": 2,
+        "min_digits": 2,
         "start": {
             "image_tokenizer": {
                 "sizes": {"codes": 128, "embed_dim": 8},
@@ -33,13 +34,13 @@ def get_config() -> ConfigDict:
             "pretrain": {**plain, "steps": 500, "optim": {"lr": 3e-3, "weight_decay": 0.01}},
             "demonstrations": {"n": 3000, "flawed": 0.4},
             "sft": {**plain, "steps": 100, "optim": {"lr": 1e-3, "weight_decay": 0.01}},
-            "preference_prompts": 2000,
+            "preference_prompts": 5000,
         },
         "labels": "oracle",
         "reward": {"batch_rows": 32, "epochs": 3, "optim": {"lr": 5e-4, "weight_decay": 0.01}},
         "algorithms": {
             "grpo": {"rollout": groups, "objective": {"kl_coef": 0.3}},
-            "ppo": {"rollout": singles, "kl": {"coef": 0.2}, "critic_lr_scale": 3.0},
+            "ppo": {"rollout": singles, "kl": {"coef": 0.5}, "critic_lr_scale": 3.0},
         },
         "lrs": (2e-4,),
         "rollout": {"iterations": 40},
