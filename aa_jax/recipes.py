@@ -72,6 +72,7 @@ def train(
     eval_every: int | None = None,
     profile: int | None = None,
     keep_params: bool = True,
+    offload: bool = False,
     config: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Trains a model by a recipe; called again with the same `workdir` it continues.
@@ -112,6 +113,7 @@ def train(
         `aa_jax.training.observe.Observer`.
       keep_params: False: the caller does not need `params` again, and those that train are gone
         when this returns. They are not kept beside the trained ones in memory.
+      offload: keep the optimizer state in the host's memory and fetch it for every update.
       config: of the run, kept in the checkpoint.
 
     Returns:
@@ -195,7 +197,14 @@ def train(
             loss, tx, mesh=mesh, schedule=schedule, frozen=frozen, accumulation=accumulation
         ),
         state=init_state(
-            params, tx, mesh=mesh, shardings=places, frozen=frozen, seed=seed, copy=keep_params
+            params,
+            tx,
+            mesh=mesh,
+            shardings=places,
+            frozen=frozen,
+            seed=seed,
+            copy=keep_params,
+            offload=offload,
         ),
         batches=iter(loader),
         total_steps=total,

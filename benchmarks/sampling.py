@@ -104,9 +104,7 @@ class Ours:
     """A `SlotSampler` for prompts of one longest length."""
 
     def __init__(self, model, params, longest: int, **options):
-        self.sampler = SlotSampler(
-            model, make_mesh(devices=jax.devices()[:1]), eos_ids=[NEVER], **options
-        )
+        self.sampler = SlotSampler(model, make_mesh(), eos_ids=[NEVER], **options)
         self.params, self.longest = params, longest
 
     def batch(self, prompts, rows: int) -> dict:
@@ -191,10 +189,12 @@ def main() -> None:
         parser.add_argument(f"--{field.name}", type=type(field.default))
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--devices", type=int, default=1, help="CPU devices the slots lie on")
     parser.add_argument("--out")
     flags = vars(parser.parse_args())
     given = {k: v for k, v in flags.items() if v is not None and k in Size.__annotations__}
     size = dataclasses.replace(SIZES[flags["size"]], **given)
+    jax.config.update("jax_num_cpu_devices", flags["devices"])
     platforms.start()
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
@@ -251,6 +251,7 @@ def main() -> None:
     )
     if flags["out"]:
         result = {"environment": environment(), "size": dataclasses.asdict(size),
+                  "devices": flags["devices"],
                   "unequal": unequal, "prefix": prefix}  # fmt: skip
         with open(flags["out"], "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1)

@@ -31,6 +31,7 @@ HARMLESS = (
     "*workers",
     "*prefetch",
     "*tower_cache",
+    "*offload",
     "*compilation_cache*",
     "mesh.*",
     "platform.*",

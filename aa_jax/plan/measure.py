@@ -11,6 +11,7 @@ import jax
 from aa_jax.plan.hlo import Traffic, collectives
 from aa_jax.plan.program import Program
 from aa_jax.plan.targets import Slice
+from aa_jax.sharding.rules import HOST
 from aa_jax.training.flops import matmul_flops, model_flops
 
 _USED = re.compile(r"(?:Used|required for HLO temporaries) \(?([\d.]+)([KMGT])i?B?")
@@ -33,7 +34,8 @@ class Figures:
       memory: what the bytes are for: parameters, optimizer state, batch, temporaries (activations,
         gradients, gathered weights), program, and what is resident beside the step. Empty where the
         compiler refused.
-      total: bytes in all; of a refused program what the compiler says it would need.
+      host: bytes per device that lie in its host's memory instead (offload).
+      total: bytes in all on the device; of a refused program what the compiler says it would need.
       usable: bytes a device offers to programs; None for CPU devices.
       fits: whether it does; None for CPU devices.
       flops: matrix products of a step, recomputation included.
@@ -60,6 +62,7 @@ class Figures:
     traffic: dict[str, Traffic]
     seconds: float
     refused: str = ""
+    host: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -84,6 +87,7 @@ def measure(program: Program, place: Slice, remat: str = "") -> Figures:
         model_flops=model_flops(
             program.state["params"], program.trainable(), program.sequence_tokens
         ) / count,
+        host=device_bytes(program.state, on_host=True),
     )  # fmt: skip
     start = time.perf_counter()
     try:
@@ -118,8 +122,10 @@ def measure(program: Program, place: Slice, remat: str = "") -> Figures:
     )  # fmt: skip
 
 
-def device_bytes(tree: Any) -> int:
-    """Bytes of a placed tree on each device."""
+def device_bytes(tree: Any, on_host: bool = False) -> int:
+    """Bytes of a placed tree on each device, or what it has in its host's memory."""
     return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if (x.sharding.memory_kind == HOST) == on_host
     )

@@ -210,7 +210,8 @@ def _program(
     places = shardings(axes, params, mesh)
     optim = {key: value for key, value in optim.items() if value} | dict(config["optim"])
     tx, schedule = make_optimizer(total_steps=_STEPS, **optim)
-    state = abstract_state(params, tx, mesh=mesh, shardings=places, frozen=frozen)
+    offload = bool((config.get("train") or config).get("offload"))
+    state = abstract_state(params, tx, mesh=mesh, shardings=places, frozen=frozen, offload=offload)
     step = make_step(
         objective, tx, mesh=mesh, schedule=schedule, frozen=frozen, accumulation=accumulation
     )

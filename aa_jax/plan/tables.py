@@ -29,6 +29,8 @@ def describe(figures: Figures) -> str:
         lines.append(f"  {name:<20}{size / GIB:9.2f} GiB per device{beside}")
     if figures.memory:
         lines.append(f"  {'total':<20}{figures.total / GIB:9.2f} GiB per device")
+    if figures.host:
+        lines.append(f"  {'in host memory':<20}{figures.host / GIB:9.2f} GiB per device")
     if figures.usable:
         word = "fits" if figures.fits else "does NOT fit"
         lines.append(f"  {word} into {figures.usable / GIB:.2f} GiB per device")
@@ -67,6 +69,8 @@ def _cells(what: str, f: Mapping[str, Any]) -> list[str]:
     )
     usable = f" of {gib(f['usable'])}" if f["usable"] else ""
     held = [gib(memory[name]) for name in ("parameters", "optimizer state")] if memory else ["", ""]
+    if memory and f.get("host"):
+        held[1] += f" (+ {gib(f['host'])} on the host)"
     return [
         what, f["topology"], f"{f['rows']:g} × {f['accumulation']}", f["remat"], *held,
         gib(beside) if memory else "", gib(memory["temporaries"]) if memory else "",

@@ -62,6 +62,7 @@ def train(
     reference_key: str = "reference",
     frozen: Sequence[str] = (),
     accumulation: int = 1,
+    offload: bool = False,
     seed: int = 0,
     stage: str = "rl",
     limits: Mapping[str, Any] | None = None,
@@ -192,7 +193,9 @@ def train(
             step=make_step(
                 loss, tx, mesh=mesh, schedule=schedule, frozen=frozen, accumulation=accumulation
             ),
-            state=init_state(start, tx, mesh=mesh, shardings=places, frozen=frozen, seed=seed),
+            state=init_state(
+                start, tx, mesh=mesh, shardings=places, frozen=frozen, seed=seed, offload=offload
+            ),
             batches=rollouts, total_steps=plan.updates, workdir=workdir, stage=stage,
             checkpoint_every=checkpoint_every, log_every=plan.epochs * plan.minibatches,
             evaluate=evaluated if evaluate else None, eval_every=eval_every, config=config,

@@ -95,6 +95,51 @@ def optimizer_shardings(opt_state: Any, params: Any, param_shardings: Any) -> An
     return jax.tree_util.tree_map_with_path(place, opt_state)
 
 
+HOST = "pinned_host"  # JAX's name of host memory that devices can read
+
+
+def on_host(places: Any, tree: Any) -> Any:
+    """The same shardings in the memory of the devices' host, but for scalars.
+
+    Args:
+      places: sharding per array.
+      tree: the arrays, or their shapes.
+
+    Raises:
+      ConfigError: the platform has no host memory its devices can read, or does not tell (GPUs
+        that are only compiled for: their plan would count the state as theirs).
+    """
+    leaves = jax.tree.leaves(places)
+    device = leaves[0].mesh.devices.flat[0] if leaves else None
+    if HOST not in (offered := _memories(device)):
+        raise ConfigError(
+            f"offload: these {device.platform} devices offer the memories {offered}, but no "
+            f"{HOST!r} to hold optimizer state. Leave offload out; to save device memory use more "
+            "fsdp, optim.moment_dtype='bfloat16' or LoRA."
+        )
+    return jax.tree.map(
+        lambda place, x: place.with_memory_kind(HOST) if x.ndim else place, places, tree
+    )
+
+
+def on_device(tree: Any) -> Any:
+    """Inside jit: arrays that lie in the host's memory, brought to where they are computed with."""
+
+    def fetch(x: Any) -> Any:
+        if jax.typeof(x).memory_space == jax.memory.Space.Device:
+            return x
+        return jax.device_put(x, jax.memory.Space.Device)
+
+    return jax.tree.map(fetch, tree)
+
+
+def _memories(device: Any) -> list[str]:
+    try:
+        return [memory.kind for memory in device.addressable_memories()]
+    except (AttributeError, NotImplementedError, jax.errors.JaxRuntimeError):
+        return []
+
+
 def replicated(tree: Any, mesh: Mesh) -> Any:
     """The tree with the sharding "a copy on every device" per array."""
     return jax.tree.map(lambda _: NamedSharding(mesh, P()), tree)

@@ -10,6 +10,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from aa_jax.sharding.rules import on_device
+
 
 def checksums(arrays: Sequence[jax.Array]) -> list[int]:
     """One uint32 per array, the same on any mesh; a change of any one value changes it."""
@@ -27,7 +29,10 @@ def checksums(arrays: Sequence[jax.Array]) -> list[int]:
 
 @functools.lru_cache(maxsize=8)
 def _checksum_program(place: Any) -> Callable[..., jax.Array]:
-    return jax.jit(lambda arrays: jnp.stack([_checksum(x) for x in arrays]), out_shardings=place)
+    def program(arrays: tuple[jax.Array, ...]) -> jax.Array:
+        return jnp.stack([_checksum(x) for x in on_device(arrays)])
+
+    return jax.jit(program, out_shardings=place)
 
 
 def _checksum(x: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from aa_jax.errors import ConfigError
-from aa_jax.sharding.rules import optimizer_shardings, path_name, replicated
+from aa_jax.sharding.rules import on_host, optimizer_shardings, path_name, replicated
 
 Params = Mapping[str, Any]
 TrainState = dict[str, Any]
@@ -86,6 +86,7 @@ def init_state(
     frozen: Sequence[str] = (),
     seed: int = 0,
     copy: bool = True,
+    offload: bool = False,
 ) -> TrainState:
     """A state at step 0, every array placed on the mesh.
 
@@ -100,6 +101,7 @@ def init_state(
       frozen: Globs of parameters that do not train, the same as the step's.
       seed: Seed of ``state["rng"]``, the key objectives with randomness draw from.
       copy: False saves the memory of a second set of trainable parameters.
+      offload: keep the optimizer state in the host's memory; the step fetches it.
     """
     shardings = replicated(params, mesh) if shardings is None else shardings
     placed = jax.tree.map(lambda p, place: jax.device_put(p, place), dict(params), shardings)
@@ -107,7 +109,7 @@ def init_state(
     if copy:
         trainable = jax.tree.map(jnp.copy, trainable)
     places, _ = split(shardings, frozen_paths(params, frozen))
-    opt_places = optimizer_shardings(jax.eval_shape(tx.init, trainable), trainable, places)
+    opt_places = _optimizer_places(tx, trainable, places, offload)[1]
     everywhere = NamedSharding(mesh, P())
     return {
         "step": jax.device_put(np.int32(0), everywhere),
@@ -124,14 +126,14 @@ def abstract_state(
     mesh: Mesh,
     shardings: Any = None,
     frozen: Sequence[str] = (),
+    offload: bool = False,
 ) -> TrainState:
     """`init_state` in shapes only: what a checkpoint is restored into without making a state."""
     shardings = replicated(params, mesh) if shardings is None else shardings
     whole = jax.tree.map(_struct, dict(params), shardings)
     globs = frozen_paths(params, frozen)
     trainable, _ = split(whole, globs)
-    opt = jax.eval_shape(tx.init, trainable)
-    opt_places = optimizer_shardings(opt, trainable, split(shardings, globs)[0])
+    opt, opt_places = _optimizer_places(tx, trainable, split(shardings, globs)[0], offload)
     everywhere = NamedSharding(mesh, P())
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     return {
@@ -140,6 +142,13 @@ def abstract_state(
         "opt_state": jax.tree.map(_struct, opt, opt_places),
         "rng": _struct(key, everywhere),
     }
+
+
+def _optimizer_places(tx: Any, trainable: Any, places: Any, offload: bool) -> tuple[Any, Any]:
+    """(shapes, shardings) of the optimizer state."""
+    state = jax.eval_shape(tx.init, trainable)
+    found = optimizer_shardings(state, trainable, places)
+    return state, on_host(found, state) if offload else found
 
 
 def as_abstract(state: Any) -> Any:

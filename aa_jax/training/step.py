@@ -15,6 +15,7 @@ from aa_jax.errors import ConfigError, DataError
 from aa_jax.losses.base import Ratio
 from aa_jax.sharding.batches import batch_shardings, rows
 from aa_jax.sharding.mesh import BATCH_AXES, batch_devices
+from aa_jax.sharding.rules import on_device
 from aa_jax.training.optim import updates_done
 from aa_jax.training.state import Params, TrainState, frozen_paths, merge, split
 
@@ -157,7 +158,8 @@ class Step:
     def _update(
         self, places: Any, moving: TrainState, held: Params, batch: Any, roles: Any
     ) -> tuple:
-        params, opt_state = moving["params"], moving["opt_state"]
+        params = moving["params"]
+        opt_state = on_device(moving["opt_state"])
         key = jax.random.fold_in(jax.random.wrap_key_data(moving["rng"]), moving["step"])
         grads, metrics, gap = self._gradients(params, places, held, batch, roles, key)
         norm = optax.tree.norm(grads)

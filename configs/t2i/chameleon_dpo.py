@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
         "objective": {"beta": 0.1},
         "optim": {"lr": 5e-7, "schedule": "cosine", "warmup_ratio": 0.03},
         "train": {
-            "epochs": 2, "batch_rows": 64, "accumulation": 2,
+            "epochs": 2, "batch_rows": 64, "accumulation": 2, "offload": False,
             "frozen": ("vq/*",),
             "checkpoint_every": 500,
             "log_every": 10,

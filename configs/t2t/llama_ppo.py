@@ -47,5 +47,6 @@ def get_config() -> ConfigDict:
             "lr": 1e-5, "schedule": "cosine", "warmup_ratio": 0.03, "weight_decay": 0.01,
         },
         "frozen": (),
+        "offload": False,
         "checkpoint_every": 100,
     })  # fmt: skip

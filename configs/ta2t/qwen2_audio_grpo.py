@@ -41,5 +41,6 @@ def get_config() -> ConfigDict:
             "lr": 1e-6, "schedule": "cosine", "warmup_ratio": 0.03, "weight_decay": 0.01,
         },
         "frozen": ("audio_tower/*",),
+        "offload": False,
         "checkpoint_every": 100,
     })  # fmt: skip

@@ -47,6 +47,6 @@ def get_config() -> ConfigDict:
             "lr": 1e-5, "schedule": "cosine", "warmup_ratio": 0.03, "weight_decay": 0.0,
         },
         "frozen": ("vq/*",),
-        "accumulation": 4,
+        "accumulation": 4, "offload": False,
         "checkpoint_every": 100,
     })  # fmt: skip

@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
         "objective": {"sign_coef": 1.0, "regularization": 0.001},
         "optim": {"lr": 1e-6, "schedule": "cosine", "warmup_ratio": 0.03},
         "train": {
-            "epochs": 3, "batch_rows": 32, "accumulation": 1,
+            "epochs": 3, "batch_rows": 32, "accumulation": 1, "offload": False,
             "frozen": ("vision_tower/*",),
             "tower_cache": placeholder(str),  # folder for the frozen tower's features
             "checkpoint_every": 500,

@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
         "objective": {"threshold": 1.1, "unlikelihood_weight": 0.1},
         "optim": {"lr": 1e-6, "schedule": "cosine", "warmup_ratio": 0.03},
         "train": {
-            "epochs": 3, "batch_rows": 32, "accumulation": 1,
+            "epochs": 3, "batch_rows": 32, "accumulation": 1, "offload": False,
             "frozen": ("vision_tower/*",),
             "checkpoint_every": 500,
             "log_every": 10,

@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
             "moment_dtype": placeholder(str),  # "bfloat16": two bytes per weight less
         },
         "train": {
-            "epochs": 2, "batch_rows": 32, "accumulation": 1,
+            "epochs": 2, "batch_rows": 32, "accumulation": 1, "offload": False,
             "frozen": ("vision_tower/*",),
             "tower_cache": placeholder(str),  # folder for the frozen tower's features
             "checkpoint_every": 500,

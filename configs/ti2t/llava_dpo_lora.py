@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
         "objective": {"beta": 0.1},
         "optim": {"lr": 2e-5, "schedule": "cosine", "warmup_ratio": 0.03},
         "train": {
-            "epochs": 2, "batch_rows": 32, "accumulation": 8,
+            "epochs": 2, "batch_rows": 32, "accumulation": 8, "offload": False,
             "tower_cache": placeholder(str),  # folder for the frozen tower's features
             "checkpoint_every": 500,
             "log_every": 10,

@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
         },
         "optim": {"lr": 1e-6, "schedule": "cosine", "warmup_ratio": 0.03},
         "train": {
-            "epochs": 3, "batch_rows": 32, "accumulation": 1,
+            "epochs": 3, "batch_rows": 32, "accumulation": 1, "offload": False,
             "frozen": ("vision_tower/*",),
             "checkpoint_every": 500,
             "log_every": 10,

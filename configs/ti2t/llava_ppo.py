@@ -47,5 +47,6 @@ def get_config() -> ConfigDict:
             "moment_dtype": placeholder(str),  # "bfloat16": two bytes per weight less
         },
         "frozen": ("vision_tower/*",),
+        "offload": False,
         "checkpoint_every": 100,
     })  # fmt: skip

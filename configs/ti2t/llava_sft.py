@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
         },
         "optim": {"lr": 2e-5, "schedule": "cosine", "warmup_ratio": 0.03},
         "train": {
-            "epochs": 1, "batch_rows": 128, "accumulation": 4,
+            "epochs": 1, "batch_rows": 128, "accumulation": 4, "offload": False,
             "frozen": ("vision_tower/*",),
             "tower_cache": placeholder(str),  # folder for the frozen tower's features
             "checkpoint_every": 500,

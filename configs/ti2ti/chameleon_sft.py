@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
         },
         "optim": {"lr": 1e-6, "schedule": "cosine", "warmup_ratio": 0.03},
         "train": {
-            "epochs": 3, "batch_rows": 64, "accumulation": 2,
+            "epochs": 3, "batch_rows": 64, "accumulation": 2, "offload": False,
             "frozen": ("vq/*",),
             "checkpoint_every": 500,
             "log_every": 10,

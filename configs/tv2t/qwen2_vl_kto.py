@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
         "objective": {"variant": "kto", "beta": 0.1},
         "optim": {"lr": 1e-7, "schedule": "cosine", "warmup_ratio": 0.1},
         "train": {
-            "epochs": 2, "batch_rows": 24, "accumulation": 1,
+            "epochs": 2, "batch_rows": 24, "accumulation": 1, "offload": False,
             "frozen": ("vision_tower/*",),
             "tower_cache": placeholder(str),  # folder for the frozen tower's features
             "checkpoint_every": 500,

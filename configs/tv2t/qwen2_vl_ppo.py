@@ -46,5 +46,6 @@ def get_config() -> ConfigDict:
             "lr": 5e-8, "schedule": "cosine", "warmup_ratio": 0.03, "weight_decay": 0.0,
         },
         "frozen": ("vision_tower/*",),
+        "offload": False,
         "checkpoint_every": 100,
     })  # fmt: skip
