@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -39,7 +40,20 @@ def write(
     spot: Int[Array, "B"],
     new: Float[Array, "B K Dh"],
 ) -> Array:
-    """The entry with every row's new key or value at its spot; beyond S nothing is written."""
-    rows = jnp.arange(new.shape[0], dtype=jnp.int32)
-    at = (rows, slice(None), spot) if layer is None else (layer, rows, slice(None), spot)
-    return entry.at[at].set(new.astype(entry.dtype), mode="drop")
+    """The entry with every row's new key or value at its spot; beyond S nothing is written.
+
+    Rows are batch dimensions of the scatter: with row numbers as indices, devices that share the
+    rows would send each other all that is new.
+    """
+    at, outer = spot[:, None], entry.ndim - 4  # the axis of rows
+    if layer is not None:
+        at = jnp.concatenate([jnp.full_like(at, layer), at], axis=1)
+    indexed = (*range(outer), outer + 2)
+    dims = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2), inserted_window_dims=indexed,
+        scatter_dims_to_operand_dims=indexed, operand_batching_dims=(outer,),
+        scatter_indices_batching_dims=(0,),
+    )  # fmt: skip
+    return jax.lax.scatter(
+        entry, at, new.astype(entry.dtype), dims, unique_indices=True, mode="drop"
+    )

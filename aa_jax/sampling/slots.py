@@ -420,48 +420,55 @@ class SlotSampler:
         return {**state, **moving}
 
     def _step(self, decode: Any, head: Any, kept: State, now: State) -> State:
-        slot = jnp.repeat(jnp.arange(len(now["next"]), dtype=jnp.int32), self.lanes)
+        # Slots are batch dimensions of all that is read and written at an index: with slot numbers
+        # as indices, devices that share the slots would send each other everything.
+        each = lambda x: jnp.repeat(x, self.lanes, axis=0)  # noqa: E731
+        lanes = lambda x: x.reshape(-1, self.lanes)  # noqa: E731
+        pick = jax.vmap(lambda x, *at: x[at])
+        put = jax.vmap(lambda x, value, *at: x.at[at].set(value, mode="drop"))
         # Lanes without work take their prompt's next samples, in order.
-        idle = ~now["live"].reshape(-1, self.lanes)
+        idle = ~lanes(now["live"])
         turn = now["next"][:, None] + jnp.cumsum(idle, axis=1, dtype=jnp.int32) - 1
         takes = idle & (turn < kept["samples"][:, None])
         begun = takes.reshape(-1)
         sample = jnp.where(begun, turn.reshape(-1), now["sample"])
         count = jnp.where(begun, 0, now["count"])
         live = now["live"] | begun
+        limits = pick(kept["limits"], lanes(sample)).reshape(-1)
         # The token written last enters the cache; a new sample has none and reads the prompt's end.
         cache = {
             **{name: kept[name] for name in ("prompt_k", "prompt_v", "prompt_length")},
             "k": now["k"], "v": now["v"],
             "spot": jnp.where(live & (count > 0), count - 1, self.room),
-            "position": kept["prompt_position"][slot] + count - 1,
+            "position": each(kept["prompt_position"]) + count - 1,
         }  # fmt: skip
         hidden, cache = decode(now["token"], cache)
-        hidden = jnp.where((count == 0)[:, None], kept["first"][slot], hidden)
+        hidden = jnp.where((count == 0)[:, None], each(kept["first"]), hidden)
         allowed = state = None
         if self.constraint is not None:
             state = jax.tree.map(
                 lambda start, old: jnp.where(
-                    begun.reshape(-1, *[1] * (old.ndim - 1)), start[slot], old
+                    begun.reshape(-1, *[1] * (old.ndim - 1)), each(start), old
                 ),
                 kept["start"], now["constraint"],
             )  # fmt: skip
-            left = jnp.maximum(kept["limits"][slot, sample] - count, 1)
+            left = jnp.maximum(limits - count, 1)
             allowed = jax.vmap(self._allowed)(state, left)
-        uniform = kept["uniform"][slot, sample, count]
+        uniform = pick(kept["uniform"], lanes(sample), lanes(count)).reshape(-1)
         token, logp = self.choice(hidden @ head.T, uniform, allowed)
         if self.constraint is not None:
             state = self.constraint.advance(state, token)
         ended = jnp.any(token[:, None] == self._ends[None, :], axis=-1)
         count = count + 1
         row = jnp.where(live, sample, self.samples)  # beyond the last: not written
+        at = lanes(row), lanes(count - 1)
         return {
             "k": cache["k"], "v": cache["v"], "token": token, "sample": sample, "count": count,
-            "live": live & ~ended & (count < kept["limits"][slot, sample]),
+            "live": live & ~ended & (count < limits),
             "constraint": () if state is None else state,
             "next": now["next"] + jnp.sum(takes, axis=1, dtype=jnp.int32),
-            "tokens": now["tokens"].at[slot, row, count - 1].set(token, mode="drop"),
-            "logps": now["logps"].at[slot, row, count - 1].set(logp, mode="drop"),
+            "tokens": put(now["tokens"], lanes(token), *at),
+            "logps": put(now["logps"], lanes(logp), *at),
         }  # fmt: skip
 
     def _allowed(self, state: Any, room: Any) -> Any:

@@ -1,6 +1,7 @@
 """Continuous batching: the same samples as one by one, whatever slot, lane and neighbours."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import jax
@@ -81,19 +82,42 @@ def test_a_seed_gives_its_text_in_any_slot_and_lane(llava, expected, options):
     assert_same(run(llava, batch, seeds, **options), samples)
 
 
-def test_over_eight_devices(llava, expected):
+@pytest.fixture
+def sent(monkeypatch):
+    """What devices send each other in a decoding loop: kinds of collectives, with their shapes."""
+    found, jit = [], SlotSampler._jit
+
+    def recorded(self, name, function, donated):
+        program = jit(self, name, function, donated)
+        if name == "decode" and not found:
+
+            def first(*args):
+                text = program.lower(*args).compile().as_text()
+                found.extend(re.findall(r"= (\S+) (all-\w+|collective-\w+|reduce-scatter)\(", text))
+                return program(*args)
+
+            return first
+        return program
+
+    monkeypatch.setattr(SlotSampler, "_jit", recorded)
+    return found
+
+
+def test_over_eight_devices(llava, expected, sent):
     batch, seeds, samples = expected
     found = run(llava, batch, seeds, mesh=make_mesh(data=2, fsdp=4), slots=8, lanes=2)
     assert_same(found, samples)
+    assert sent == [("s32[]", "all-reduce")]  # how many slots are done, and nothing else
 
 
-def test_with_one_array_for_all_layers(llava, expected, monkeypatch):
+def test_with_one_array_for_all_layers(llava, expected, sent, monkeypatch):
     """As on accelerators, see `models.caches`."""
     monkeypatch.setattr(caches, "for_loop", lambda cache: cache)
     batch, seeds, samples = expected
     mesh = make_mesh(data=2, devices=jax.devices()[:2])
     found = run(llava, batch, seeds, mesh=mesh, slots=16, lanes=2)
     assert_same(found, samples)
+    assert sent == [("s32[]", "all-reduce")]
 
 
 def test_one_sample_of_one_prompt(llava, expected):
