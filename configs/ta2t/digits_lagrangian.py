@@ -30,10 +30,10 @@ def get_config() -> ConfigDict:
     config.algorithms = {
         "ppo_lagrangian": {
             **common,
-            "limit": {"threshold": -0.4, "initial": 1.0, "lr": 0.5, "maximum": 10.0},
+            "limit": {"threshold": -0.4, "initial": 2.0, "lr": 0.1, "maximum": 3.0},
         },
         "ppo": common,
     }
-    config.rollout.iterations = 30
+    config.rollout.iterations = 60
     config.cost = {"kind": "falsehood"}
     return config
