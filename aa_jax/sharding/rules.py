@@ -126,11 +126,14 @@ def on_device(tree: Any) -> Any:
     """Inside jit: arrays that lie in the host's memory, brought to where they are computed with."""
 
     def fetch(x: Any) -> Any:
-        if jax.typeof(x).memory_space == jax.memory.Space.Device:
-            return x
-        return jax.device_put(x, jax.memory.Space.Device)
+        return jax.device_put(x, jax.memory.Space.Device) if in_host_memory(x) else x
 
     return jax.tree.map(fetch, tree)
+
+
+def in_host_memory(x: Any) -> bool:
+    """Whether an array, traced or not, lies in the host's memory."""
+    return jax.typeof(x).memory_space != jax.memory.Space.Device
 
 
 def _memories(device: Any) -> list[str]:

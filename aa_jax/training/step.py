@@ -15,7 +15,7 @@ from aa_jax.errors import ConfigError, DataError
 from aa_jax.losses.base import Ratio
 from aa_jax.sharding.batches import batch_shardings, rows
 from aa_jax.sharding.mesh import BATCH_AXES, batch_devices
-from aa_jax.sharding.rules import on_device
+from aa_jax.training.offload import streamed
 from aa_jax.training.optim import updates_done
 from aa_jax.training.state import Params, TrainState, frozen_paths, merge, split
 
@@ -158,20 +158,22 @@ class Step:
     def _update(
         self, places: Any, moving: TrainState, held: Params, batch: Any, roles: Any
     ) -> tuple:
-        params = moving["params"]
-        opt_state = on_device(moving["opt_state"])
+        params, opt_state = moving["params"], moving["opt_state"]
         key = jax.random.fold_in(jax.random.wrap_key_data(moving["rng"]), moving["step"])
         grads, metrics, gap = self._gradients(params, places, held, batch, roles, key)
         norm = optax.tree.norm(grads)
         loss = sum(term.mean for term in _terms(metrics["loss"]))
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
 
-        updates, new_opt = self._tx.update(grads, opt_state, params)
-        new_params = optax.apply_updates(params, updates)
-
         def keep(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(finite, new.astype(old.dtype), old)
 
+        def update(opt_state: Any, params: Params, grads: Params) -> tuple:
+            updates, new_opt = self._tx.update(grads, opt_state, params)
+            new_params = optax.apply_updates(params, updates)
+            return jax.tree.map(keep, new_opt, opt_state), jax.tree.map(keep, new_params, params)
+
+        new_opt, new_params = streamed(update, opt_state, params, grads)
         one = jnp.float32(1.0)
         extra = {
             "grad_norm": Ratio(norm, one),
@@ -184,8 +186,8 @@ class Step:
             extra["lr"] = Ratio(jnp.asarray(self._schedule(count), jnp.float32), one)
         moving = {
             "step": moving["step"] + 1,
-            "params": jax.tree.map(keep, new_params, params),
-            "opt_state": jax.tree.map(keep, new_opt, opt_state),
+            "params": new_params,
+            "opt_state": new_opt,
             "rng": moving["rng"],
         }
         return moving, metrics | extra

@@ -42,6 +42,10 @@ def test_the_same_updates_bit_for_bit(tiny):
         assert held == {HOST} if offload else HOST not in held
         assert HOST not in kinds(state["params"])
     jax.tree.map(np.testing.assert_array_equal, made[True], made[False])
+    # One parameter after the other, so that the device never holds the state of all.
+    arrays = len(jax.tree.leaves(state["params"]))
+    text = str(step.trace(state, tiny.make_batch(0)).jaxpr)
+    assert text.count("optimization_barrier") == arrays - 1 == 3
 
 
 class Numbered:
