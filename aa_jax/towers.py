@@ -7,8 +7,9 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from aa_jax import hosts
 from aa_jax.data.features import (
     FEATURES,
+    Decoded,
     FeatureStore,
     Item,
     Stored,
@@ -40,6 +42,7 @@ FORMAT = 1  # of the features and keys; a change leaves what is stored unread
 _ELSEWHERE = ("text_config", "architectures", "dtype", "torch_dtype", "transformers_version",
               "_name_or_path")  # fmt: skip
 _COUNTS = ("feature_lengths", "grid_thw")
+_DECODERS = ("pillow", "av", "soundfile", "soxr", "numpy")
 
 
 def computed_ahead(
@@ -56,7 +59,8 @@ def computed_ahead(
 ) -> WithFeatures:
     """The data with its media encoded; what the folder does not hold is computed and stored.
 
-    Every process reads all of the data once. What a killed run has stored is not computed again.
+    Every process reads all of the data once. What a killed run has stored is not computed again,
+    and files that were decoded before are only read, to see that they are the same.
 
     Args:
       model: the architecture.
@@ -78,18 +82,35 @@ def computed_ahead(
     store = FeatureStore(Path(folder) / key[:16])
     started = time.perf_counter()
     encoder = _Encoder(model, params, store, mesh, batch_rows, processor)
-    found = []
-    for chunk in _decoded(data, batch_rows, threads, encoder.width):
-        for items in chunk:
-            keys = [content_key(item) for item in items]
-            encoder.want(keys, items)
-            # What says how features are put together, without the signals.
-            found.append((keys, [{k: v for k, v in x.items() if k in _COUNTS} for x in items]))
-        encoder.compute()
+    known = Decoded(Path(folder) / "decoded", data, _maker(processor))
+    found, decoded = [], 0
+    few = max(batch_rows, threads)
+    with ThreadPoolExecutor(max(threads, 1)) as pool:
+        for start in range(0, len(data), few):
+            indices = range(start, min(start + few, len(data)))
+            origins = dict(zip(indices, pool.map(known.origin, indices), strict=True))
+            media = {i: known.get(origins[i]) for i in indices}
+            fresh = [i for i in indices if media[i] is None or not encoder.has(media[i][0])]
+            # Processes may have folders of their own, and run the tower together all the same.
+            fresh = sorted(set().union(*map(set, hosts.gather(fresh))))
+            for i in set(indices) - set(fresh):
+                encoder.take(media[i][0])
+            decoded += len(fresh)
+            items = pool.map(lambda i: split_media(data[i].media, encoder.width), fresh)
+            for i, made in zip(fresh, items, strict=True):
+                keys = [content_key(item) for item in made]
+                encoder.want(keys, made)
+                # What says how features are put together, without the signals.
+                counts = [{k: np.asarray(v) for k, v in x.items() if k in _COUNTS} for x in made]
+                media[i] = (keys, counts)
+                known.put(origins[i], keys, counts)
+            encoder.compute()
+            found += [media[i] for i in indices]
     encoder.compute(rest=True)
     log.info(
-        "%d media of %d examples: features of %d computed in %.1f s, of %d found in %s",
-        sum(len(keys) for keys, _ in found), len(data), encoder.computed,
+        "%d media of %d examples, %d of them decoded: features of %d computed in %.1f s, of %d "
+        "found in %s",
+        sum(len(keys) for keys, _ in found), len(data), decoded, encoder.computed,
         time.perf_counter() - started, len(encoder.shapes) - encoder.computed, store.folder,
     )  # fmt: skip
     return WithFeatures(data, store, [_stored(*media, encoder.shapes) for media in found])
@@ -124,16 +145,12 @@ def _check(model: Model, params: Mapping[str, Any], frozen: Sequence[str]) -> No
         )
 
 
-def _decoded(data: Any, rows: int, threads: int, width: Any) -> Iterator[list[list[Item]]]:
-    """Every example's media, a few examples at a time."""
-    few = max(rows, threads)
-
-    def media(index: int) -> list[Item]:
-        return split_media(data[index].media, width)
-
-    with ThreadPoolExecutor(max(threads, 1)) as pool:
-        for start in range(0, len(data), few):
-            yield list(pool.map(media, range(start, min(start + few, len(data)))))
+def _maker(processor: Processor) -> str:
+    """All that decides what the tower is given of a file."""
+    made = [x and x.to_dict() for x in (processor.image_processor, processor.audio_processor)]
+    video = getattr(processor.image_processor, "video", None)
+    versions = {name: metadata.version(name) for name in _DECODERS}
+    return json.dumps([FORMAT, made, str(video), processor.patch_size, versions], sort_keys=True)
 
 
 class _Encoder:
@@ -147,6 +164,7 @@ class _Encoder:
         self._rows = -(-rows // batch_devices(mesh)) * batch_devices(mesh)
         self._audio = processor.audio_processor
         self._new: dict[str, Item] = {}
+        self._held: dict[str, tuple[int, ...]] = {}
         self._waiting: dict[tuple, dict[str, Item]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.computed = 0
@@ -161,9 +179,26 @@ class _Encoder:
             if key not in self.shapes and key not in self._new:
                 self._new[key] = item
 
+    def has(self, keys: Sequence[str]) -> bool:
+        """Whether this process finds the features of media."""
+        for key in keys:
+            if key not in self.shapes and key not in self._held:
+                shape = self._find(key)
+                if shape is None:
+                    return False
+                self._held[key] = shape
+        return True
+
+    def take(self, keys: Sequence[str]) -> None:
+        """Media that every process found."""
+        for key in keys:
+            self.shapes.setdefault(key, self._held.get(key))
+
     def compute(self, *, rest: bool = False) -> None:
         """Looks for what was asked for, and computes what fills batches; all of the rest too."""
-        absent = [key for key in self._new if not self._find(key)]
+        found = {key: self._find(key) for key in self._new}
+        self.shapes |= {key: shape for key, shape in found.items() if shape is not None}
+        absent = [key for key, shape in found.items() if shape is None]
         # Processes may have folders of their own, and run the tower together all the same.
         absent = set().union(*map(set, hosts.gather(absent)))
         for key in [key for key in self._new if key in absent]:
@@ -178,16 +213,15 @@ class _Encoder:
                 some = {key: waiting.pop(key) for key in list(waiting)[: self._rows]}
                 self._batch(some)
 
-    def _find(self, key: str) -> bool:
+    def _find(self, key: str) -> tuple[int, ...] | None:
         try:
-            self.shapes[key] = self.store.get(key).shape
+            return self.store.get(key).shape
         except FileNotFoundError:
-            return False
+            return None
         except CheckpointError as error:
             log.warning("%s; computing them again.", str(error).partition(". ")[0])
             self.store.path(key).unlink(missing_ok=True)
-            return False
-        return True
+            return None
 
     def _padded(self, item: Item) -> Item:
         """Clips and patches of one of few sizes, so that few programs are compiled."""

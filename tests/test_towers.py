@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from aa_jax import models, recipes, towers
+from aa_jax.data.example import Example, Part, message
 from aa_jax.data.features import FeatureStore
+from aa_jax.data.media import decode
 from aa_jax.data.processor import Processor
+from aa_jax.data.templates import find_template, read
 from aa_jax.errors import CheckpointError, ConfigError
 from aa_jax.models.names import flatten
 from aa_jax.sharding import make_mesh
@@ -32,6 +35,23 @@ def patches(folder):
     return (*media.patches(folder), "vision_tower")
 
 
+def older_patches(folder):
+    """A Qwen2-VL of the first generation; the same media."""
+    return (*sibling("rl/test_media.py").older_patches(folder), "vision_tower")
+
+
+def tiles(folder):
+    """A LLaVA-NeXT; one or two pictures of several shapes, and text alone."""
+    model, processor, _, rows = sibling("test_tower_restart.py").tiles(folder)
+    params = jax.tree.map(lambda x: 3 * x, jax.jit(model.init)(jax.random.key(0)))
+    read_row = find_template("AA_TI2T")
+    pairs = [decode(pair) for row in rows for pair in read(read_row, "preference", row)]
+    ask = message("user", "which digits?", [Part("image", index=i) for i in range(2)])
+    pairs.append(Example((ask,), ("one", "two six"), (pairs[1].media[0], pairs[2].media[0])))
+    pairs.append(Example((message("user", "which digits?"),), ("one", "two")))
+    return model, params, processor, pairs, "vision_tower"
+
+
 def clips(folder):
     """A Qwen2-Audio; one or two clips of different lengths."""
     return (*sibling("rl/test_media.py").clips(folder), "audio_tower")
@@ -40,7 +60,6 @@ def clips(folder):
 def pictures(folder):
     """A LLaVA; one strip of digits each, some of them in two pairs."""
     from aa_jax.data import digits
-    from aa_jax.data.templates import find_template, read
     from aa_jax.llf.start import llava_config
 
     tiny = dict(vision_dim=16, vision_layers=2, vision_heads=2, dim=32, layers=2, heads=2,
@@ -58,8 +77,11 @@ def pictures(folder):
 
 @pytest.fixture(
     scope="module",
-    params=[pictures, *(pytest.param(f, marks=pytest.mark.slow) for f in (patches, clips))],
-    ids=["pictures", "patches", "clips"],
+    params=[
+        pictures,
+        *(pytest.param(f, marks=pytest.mark.slow) for f in (tiles, patches, older_patches, clips)),
+    ],
+    ids=["pictures", "tiles", "patches", "older patches", "clips"],
 )
 def world(request, tmp_path_factory):
     return request.param(tmp_path_factory.mktemp(request.param.__name__) / "c")
@@ -70,8 +92,9 @@ def tower_runs(world, monkeypatch):
     """Counts how often the tower's module is executed, not how often it is traced."""
     model = world[0]
     count = {"runs": 0}
-    names = {"llava": ("clip.modeling", "ClipVision"), "qwen2_audio": ("whisper.modeling",
-             "AudioEncoder"), "qwen2_5_vl": ("qwen2_vl.vision", "VisionTower")}  # fmt: skip
+    clip, qwen = ("clip.modeling", "ClipVision"), ("qwen2_vl.vision", "VisionTower")
+    names = {"llava": clip, "llava_next": clip, "qwen2_vl": qwen, "qwen2_5_vl": qwen,
+             "qwen2_audio": ("whisper.modeling", "AudioEncoder")}  # fmt: skip
     module, name = names[model.family]
     cls = getattr(importlib.import_module(f"aa_jax.models.{module}"), name)
     call = cls.__call__

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from aa_jax.data.collate import Shapes, plan_shapes
 from aa_jax.data.example import Example, InvalidRow, Media, Report, Row
-from aa_jax.data.media import decode, read_bytes
+from aa_jax.data.media import decode, media_key, read_bytes
 from aa_jax.data.processor import Processor
 from aa_jax.data.templates import WORDED, Template, find_template, read
 from aa_jax.data.tokens import NO_LIMITS, Encoded, Limits, Sizes, encode_example
@@ -141,6 +141,13 @@ class Dataset(Sequence):
         row, k = self._index[index]
         examples, root = self._read(row)
         return encode_example(examples[k], self.processor, self.limits, pixels=False, root=root)
+
+    def origin(self, index: int) -> str | None:
+        """The hash of the files of an example's media, in the order it shows them; they are read,
+        not decoded. None where it has no media."""
+        example = self.example(index, decoded=False)
+        parts = [part for message in example.messages for part in message.media]
+        return media_key([(part.type, example.media[part.index]) for part in parts])
 
     def shapes(self, layout: str, *, multiple_of: int = 8) -> Shapes:
         """The smallest batch shapes that hold every example, from the lengths of the first pass."""

@@ -76,13 +76,14 @@ class FeatureStore:
 
     Args:
       folder: of one tower's features.
+      kind: what the files hold, the end of their names.
 
     Raises:
       CheckpointError: the folder cannot be written.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, kind: str = "features"):
+        self.folder, self._kind = Path(folder), kind
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for partial in self.folder.glob("*/*.partial"):
@@ -93,7 +94,7 @@ class FeatureStore:
 
     def path(self, key: str) -> Path:
         """Where a key's file is, or would be."""
-        return self.folder / key[:2] / f"{key}.features"
+        return self.folder / key[:2] / f"{key}.{self._kind}"
 
     def get(self, key: str) -> np.ndarray:
         """The stored array, checked against its hash.
@@ -144,6 +145,52 @@ class FeatureStore:
             f"the tower's features cannot be written to {self.folder} ({error}). Give "
             "train.tower_cache a folder with enough space, or leave it out."
         )
+
+
+class Decoded:
+    """What the media of examples were when they were last decoded, by the hash of their files.
+
+    It spares a restart the decoding: of an example whose files it knows it has the content keys of
+    its media, and the counts that say how their features are put together.
+
+    Args:
+      folder: of any number of data sets.
+      data: encoded examples; without ``origin(index)`` nothing is known, and nothing kept.
+      maker: all that decides what a file becomes.
+
+    Raises:
+      CheckpointError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: str | Path, data: Any, maker: str):
+        self._origin = getattr(data, "origin", None)
+        self._store = None if self._origin is None else FeatureStore(folder, "json")
+        self._maker = maker
+
+    def origin(self, index: int) -> str | None:
+        """The name of an example's media; None: it has none, or the data cannot say."""
+        found = None if self._origin is None else self._origin(index)
+        return found and hashlib.sha256(f"{self._maker} {found}".encode()).hexdigest()
+
+    def get(self, origin: str | None) -> tuple[list[str], list[Item]] | None:
+        """Content keys and counts of media; None where they must be decoded."""
+        if origin is None:
+            return None if self._origin is None else ([], [])
+        try:
+            entry = json.loads(bytes(self._store.get(origin)))
+        except (FileNotFoundError, CheckpointError):  # all of it is in the files themselves
+            return None
+        counts = [
+            {name: np.asarray(x, np.int32) for name, x in item.items()} for item in entry["counts"]
+        ]
+        return entry["keys"], counts
+
+    def put(self, origin: str | None, keys: Sequence[str], counts: Sequence[Item]) -> None:
+        """Keeps what media were."""
+        if origin:
+            plain = [{name: x.tolist() for name, x in item.items()} for item in counts]
+            entry = json.dumps({"keys": list(keys), "counts": plain}).encode()
+            self._store.put(origin, np.frombuffer(entry, np.uint8))
 
 
 class Stored(NamedTuple):

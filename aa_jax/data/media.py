@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,27 @@ def read_bytes(media: Media, root: str | None = None, where: str = "") -> bytes:
     if media.path is None:
         raise MediaError(f"{where or 'A row'}: this {media.kind} is already decoded.")
     return find_file(media.path, root, where, media.kind).read_bytes()
+
+
+def media_key(items: Sequence[tuple[str, Any]]) -> str | None:
+    """The hash of media as they came, undecoded; None of none.
+
+    Args:
+      items: (kind, medium) each: a PIL image, or a Media that holds bytes or an array.
+    """
+    digest = hashlib.sha256()
+    for kind, item in items:
+        if isinstance(item, Media) and item.data is not None:
+            head, data = "file", item.data
+        elif isinstance(item, Media):
+            array = np.ascontiguousarray(item.array)
+            head, data = f"{array.dtype} {array.shape} {item.sampling_rate}", array.tobytes()
+        else:
+            head, data = f"{item.mode} {item.size}", item.tobytes()
+            head += f" {item.getpalette('RGBA')}" if item.mode in ("P", "PA") else ""
+        digest.update(f"{kind} {head} {len(data)} ".encode())
+        digest.update(data)
+    return digest.hexdigest() if items else None
 
 
 def decode_image(value: Any, *, root: str | None = None, where: str = "") -> Image.Image:

@@ -42,16 +42,29 @@ QK_NORMS: dict[str, Callable[[int, int, float, Any], nnx.Module | None]] = {
 }
 
 
-def windowed(intervals: Int[Array, "B T 4"], window: int) -> Int[Array, "B T 4"]:
-    """The last ``window`` keys of what each query may see.
+# Tokens a query sees of its row, itself included; an array where the layers of a stack differ.
+Window = int | Int[Array, ""] | None
+
+
+def windowed(intervals: Int[Array, "B T 4"], window: Window) -> Int[Array, "B T 4"]:
+    """The last ``window`` keys of what each query may see; None: all of it.
 
     A sliding window (Beltagy et al., 2020, section 3.1; Mistral, Jiang et al., 2023, section 2)
     counts the query's own token. Of two intervals [a0, a1) and [b0, b1) the first ends where the
     second goes on, as a shared prompt does before a response, wherever in the row they stand.
     """
+    if window is None:
+        return intervals
     a0, a1, b0, b1 = (intervals[..., i] for i in range(4))
     left = jnp.maximum(window - (b1 - b0), 0)
     return jnp.stack([jnp.maximum(a0, a1 - left), a1, jnp.maximum(b0, b1 - window), b1], axis=-1)
+
+
+def within(keys: Int[Array, "S"], query: Int[Array, "*batch 1"], window: Window) -> Array:
+    """Which keys, by position, a query at a position may see: bool [*batch, S]."""
+    keys = keys.reshape((1,) * (query.ndim - 1) + (-1,))
+    seen = keys <= query
+    return seen if window is None else seen & (keys > query - window)
 
 
 class Attention(nnx.Module):
@@ -72,7 +85,6 @@ class Attention(nnx.Module):
         param_dtype: Any,
         qk_norm: str = "none",
         norm_eps: float = 1e-6,
-        window: int | None = None,
     ):
         kwargs = dict(rngs=rngs, param_dtype=param_dtype)
         self.q = Linear(dim, heads * head_dim, bias=qkv_bias, std=std, **kwargs)
@@ -82,7 +94,6 @@ class Attention(nnx.Module):
         self.q_norm = QK_NORMS[qk_norm](heads, head_dim, norm_eps, param_dtype)
         self.k_norm = QK_NORMS[qk_norm](kv_heads, head_dim, norm_eps, param_dtype)
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.window = window
 
     def qkv(
         self, x: Float[Array, "*batch D"], angles: Angles | None
@@ -110,16 +121,8 @@ class Attention(nnx.Module):
             The output, and the keys and values for a cache.
         """
         q, k, v = self.qkv(x, angles)
-        if self.window is not None and intervals is not None:
-            intervals = windowed(intervals, self.window)
         y = attention(q, k, v, intervals=intervals, causal=False)
         return self.o(y.reshape(*x.shape[:-1], -1)), (k, v)
-
-    def within(self, keys: Int[Array, "S"], query: Int[Array, "*batch 1"]) -> Array:
-        """Which keys, by position, a query at a position may see: bool [*batch, S]."""
-        keys = keys.reshape((1,) * (query.ndim - 1) + (-1,))
-        seen = keys <= query
-        return seen if self.window is None else seen & (keys > query - self.window)
 
     def decode(
         self,
@@ -129,6 +132,7 @@ class Attention(nnx.Module):
         values: Float[Array, "*L B K S Dh"],
         layer: Int[Array, ""] | None,
         length: Int[Array, "B"],
+        window: Window = None,
     ) -> tuple[Float[Array, "B D"], Float[Array, "*L B K S Dh"], Float[Array, "*L B K S Dh"]]:
         """One token per row, written at its row's own length and attending to all before it.
 
@@ -143,7 +147,7 @@ class Attention(nnx.Module):
         q = q.reshape(x.shape[0], self.kv_heads, -1, self.head_dim) * self.head_dim**-0.5
         mine = caches.of_layer(keys, layer)
         scores = jnp.einsum("bkgd,bksd->bkgs", q, mine, preferred_element_type=jnp.float32)
-        seen = self.within(jnp.arange(mine.shape[2], dtype=jnp.int32), length[:, None])
+        seen = within(jnp.arange(mine.shape[2], dtype=jnp.int32), length[:, None], window)
         scores = jnp.where(seen[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
         mine = caches.of_layer(values, layer)
@@ -159,6 +163,7 @@ class Attention(nnx.Module):
         values: Float[Array, "*L B K R Dh"],
         layer: Int[Array, ""] | None,
         spot: Int[Array, "B"],
+        window: Window = None,
     ) -> tuple[Float[Array, "B D"], Float[Array, "*L B K R Dh"], Float[Array, "*L B K R Dh"]]:
         """As `decode`, behind prompts that rows share: nothing of a prompt is copied per row.
 
@@ -178,10 +183,11 @@ class Attention(nnx.Module):
         own = jnp.einsum("bkgd,bkrd->bkgr", q, mine, **wide)
         slots = jnp.arange(room, dtype=jnp.int32)
         seen = (slots[None, :] < lengths[:, None])[:, None, :]
-        seen = seen & self.within(slots, (lengths[:, None] + spot.reshape(count, -1))[..., None])
+        query = lengths[:, None] + spot.reshape(count, -1)
+        seen = seen & within(slots, query[..., None], window)
         lowest = jnp.finfo(jnp.float32).min
         before = jnp.where(seen[:, :, None, None, :], before, lowest)
-        seen = self.within(jnp.arange(mine.shape[2], dtype=jnp.int32), spot[:, None])
+        seen = within(jnp.arange(mine.shape[2], dtype=jnp.int32), spot[:, None], window)
         own = jnp.where(seen[:, None, None, :], own, lowest)
         scores = jnp.concatenate([before.reshape(*own.shape[:3], room), own], axis=-1)
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from aa_jax.errors import ModelError
 from aa_jax.models import rope
-from aa_jax.models.attention import Angles, Attention
+from aa_jax.models.attention import Angles, Attention, Window, windowed
 from aa_jax.models.config import Reader
 from aa_jax.models.layers import Embedding, GatedMLP, RMSNorm, one_layer, scan_layers, stacked
 from aa_jax.sharding.rules import constrain
@@ -47,7 +47,8 @@ class DecoderConfig:
             "layer" (scale and bias of each head; Chameleon).
         post_norm: the norms follow attention and MLP, inside the residual branch (Swin
             Transformer V2, Liu et al., 2022, section 3.2), instead of preceding them.
-        window: tokens a query sees, itself included, of every layer; None: all before it.
+        window: tokens a query sees, itself included; None: all before it.
+        full_layers: the layers whose queries see all before them, whatever the window.
     """
 
     vocab_size: int
@@ -68,6 +69,7 @@ class DecoderConfig:
     qk_norm: str = "none"
     post_norm: bool = False
     window: int | None = None
+    full_layers: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +152,6 @@ class Block(nnx.Module):
             out_std=config.initializer_range,
             qk_norm=config.qk_norm,
             norm_eps=config.norm_eps,
-            window=config.window,
             **kwargs,
         )
         self.mlp_norm = RMSNorm(config.hidden_size, **norm)
@@ -195,10 +196,11 @@ class Block(nnx.Module):
         values: Array,
         layer: Int[Array, ""] | None,
         length: Int[Array, "B"],
+        window: Window,
     ) -> tuple[Float[Array, "B D"], Array, Array]:
         """One token per row; see `Attention.decode`."""
         y, keys, values = self.attn.decode(
-            self.before(self.attn_norm, x), angles, keys, values, layer, length
+            self.before(self.attn_norm, x), angles, keys, values, layer, length, window
         )
         return self.feed_forward(self.add(x, self.attn_norm, y)), keys, values
 
@@ -211,10 +213,11 @@ class Block(nnx.Module):
         values: Array,
         layer: Int[Array, ""] | None,
         spot: Int[Array, "B"],
+        window: Window,
     ) -> tuple[Float[Array, "B D"], Array, Array]:
         """One token per row; see `Attention.decode_behind`."""
         y, keys, values = self.attn.decode_behind(
-            self.before(self.attn_norm, x), angles, prompts, keys, values, layer, spot
+            self.before(self.attn_norm, x), angles, prompts, keys, values, layer, spot, window
         )
         return self.feed_forward(self.add(x, self.attn_norm, y)), keys, values
 
@@ -256,6 +259,16 @@ class Decoder(nnx.Module):
             )
         return rope.angles(self.config.rope, positions, per_axis=positions.ndim == 3)
 
+    def window(self, layer: int | Int[Array, ""]) -> Window:
+        """Tokens a query of a layer sees."""
+        config = self.config
+        if not config.full_layers:
+            return config.window
+        every = 2**30  # more than a row has
+        numbers = range(config.num_layers)
+        table = [every if i in config.full_layers else config.window for i in numbers]
+        return table[layer] if isinstance(layer, int) else jnp.asarray(table, jnp.int32)[layer]
+
     def run(
         self,
         x: Float[Array, "B T D"],
@@ -266,7 +279,7 @@ class Decoder(nnx.Module):
         angles = self.angles(positions)
 
         def body(block: Block, x: Array, index: Array) -> tuple[Array, None]:
-            return block(x, angles, intervals)[0], None
+            return block(x, angles, windowed(intervals, self.window(index)))[0], None
 
         x, _ = scan_layers(self.layers, x, body, remat=self.remat)
         return self.norm(x)
@@ -279,7 +292,7 @@ class Decoder(nnx.Module):
         room = cache_size - x.shape[1]
 
         def body(block: Block, x: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
-            return block(x, angles, batch["intervals"])
+            return block(x, angles, windowed(batch["intervals"], self.window(index)))
 
         x, kv = scan_layers(self.layers, x, body)
         keys, values = (
@@ -324,8 +337,10 @@ class Decoder(nnx.Module):
         length = cache["length"]
         angles = rope.angles(self.config.rope, cache.get("position", length))
 
-        def body(block: Block, x: Array, keys: Any, values: Any, layer: Any) -> tuple:
-            return block.decode(x, angles, keys, values, layer, length)
+        def body(
+            block: Block, window: Window, x: Array, keys: Any, values: Any, layer: Any
+        ) -> tuple:
+            return block.decode(x, angles, keys, values, layer, length, window)
 
         x, keys, values = self._decode_layers(apart, tokens, cache, body)
         moved = {name: cache[name] + 1 for name in ("length", "position") if name in cache}
@@ -338,8 +353,11 @@ class Decoder(nnx.Module):
         spot, lengths = cache["spot"], cache["prompt_length"]
         angles = rope.angles(self.config.rope, cache["position"])
 
-        def body(block: Block, x: Array, keys: Any, values: Any, layer: Any, *shared: Any) -> tuple:
-            return block.decode_behind(x, angles, (*shared, lengths), keys, values, layer, spot)
+        def body(
+            block: Block, window: Window, x: Array, keys: Any, values: Any, layer: Any, *shared: Any
+        ) -> tuple:
+            prompts = (*shared, lengths)
+            return block.decode_behind(x, angles, prompts, keys, values, layer, spot, window)
 
         shared = (cache["prompt_k"], cache["prompt_v"])
         x, keys, values = self._decode_layers(apart, tokens, cache, body, shared)
@@ -355,19 +373,19 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B D"], Any, Any]:
         """All layers as one program, or one by one where each has arrays of its own.
 
-        ``body`` is ``(block, x, keys, values, layer, *shared) -> (x, keys, values)``.
+        ``body`` is ``(block, window, x, keys, values, layer, *shared) -> (x, keys, values)``.
         """
         x, keys, values = self.embed(tokens, self.dtype), cache["k"], cache["v"]
         if isinstance(keys, tuple):
             written = []
-            for block, k, v, *own in zip(apart, keys, values, *shared, strict=True):
-                x, *both = body(block, x, k, v, None, *own)
+            for i, (k, v, *own) in enumerate(zip(keys, values, *shared, strict=True)):
+                x, *both = body(apart[i], self.window(i), x, k, v, None, *own)
                 written.append(both)
             keys, values = zip(*written, strict=True)
             return self.norm(x), keys, values
 
         def step(block: Block, carry: tuple, index: Array) -> tuple[tuple, None]:
-            return body(block, *carry, index, *shared), None
+            return body(block, self.window(index), *carry, index, *shared), None
 
         (x, keys, values), _ = scan_layers(self.layers, (x, keys, values), step)
         return self.norm(x), keys, values

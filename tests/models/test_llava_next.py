@@ -62,6 +62,17 @@ def test_logits_and_gradients(case, world, tiles, tmp_path):
     np.testing.assert_allclose(np.asarray(out)[real], left.numpy(), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_text_configs_tie_counts_where_transformers_copies_it(family, whole, world, tiles):
+    """In LLaVA the text config's flag ties the head too, in LLaVA-NeXT it does not."""
+    make = {"llava": world.llava_config, "llava_next": lambda **k: tiles.config(world, **k)}[family]
+    config = make(text=dict(tie_word_embeddings=True), tie_word_embeddings=whole)
+    reference = world.torch_model(config)
+    tied = reference.get_output_embeddings().weight is reference.get_input_embeddings().weight
+    assert models.build(config).config.text.tied == tied
+
+
 def test_greedy_text_is_transformers(small, world, tiles):
     config, reference, model, params, _ = small
     rows = [[(9, 30)], [(12, 13), (30, 9)]]

@@ -22,6 +22,10 @@ CASES = {
         "qwen2",
         dict(num_key_value_heads=1, head_dim=6, rope_parameters=YARN, rms_norm_eps=1e-5),
     ),
+    "qwen2, a window of 3 from layer 1 on": (
+        "qwen2",
+        dict(use_sliding_window=True, sliding_window=3, max_window_layers=1),
+    ),
     "qwen3, grouped": ("qwen3", {}),
     "qwen3, all heads, tied, biases": (
         "qwen3",
@@ -134,13 +138,19 @@ def test_published_configs(name):
     ("changes", "message"),
     [
         (
-            dict(use_sliding_window=True, max_window_layers=1, sliding_window=4),
-            "use_sliding_window is true: layers 1 to 1 would see the last 4 tokens only",
+            dict(use_sliding_window=True, max_window_layers=1, sliding_window=0),
+            "sliding_window is 0; it must be a positive whole number",
         ),
         (
             dict(layer_types=["full_attention", "sliding_attention"]),
-            "layer_types holds sliding_attention; only full_attention is handled",
+            "layer_types holds sliding_attention, but use_sliding_window is not true",
         ),
+        (
+            dict(layer_types=["chunked_attention", "full_attention"]),
+            "layer_types holds chunked_attention; handled are full_attention, sliding_attention",
+        ),
+        (dict(layer_types=["full_attention"]), "layer_types is .* must name the kind of 2 layers"),
+        (dict(max_window_layers="1"), "max_window_layers is '1'; it must be a whole number"),
         (dict(rope_parameters={"rope_type": "su"}), "has rope_type 'su'; handled are default"),
         (dict(qk_layernorm=True), r"qk_layernorm \(= True\) is not handled"),
     ],
@@ -160,6 +170,46 @@ def test_an_unused_window_is_no_obstacle(world):
         dict(layer_types=["full_attention"] * 2, sliding_window=None),
     ):
         assert models.build(world.qwen2_config(**unused)).config == plain
+
+
+WINDOWS = {
+    "all layers": dict(sliding_window=4, max_window_layers=0),
+    "the upper layers": dict(sliding_window=5, max_window_layers=2, num_hidden_layers=4),
+    "layers by name": dict(
+        sliding_window=2,
+        num_hidden_layers=3,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("case", WINDOWS)
+def test_windows_are_read_as_transformers_reads_them(family, case, world):
+    config = getattr(world, family + "_config")(use_sliding_window=True, **WINDOWS[case])
+    ours = models.build(config).config
+    theirs = world.CLASSES[config["architectures"][0]][0](
+        **{k: v for k, v in config.items() if k != "architectures"}
+    )
+    kinds = ["full_attention" if i in ours.full_layers else "sliding_attention"
+             for i in range(ours.num_layers)]  # fmt: skip
+    assert (kinds, ours.window) == (theirs.layer_types, theirs.sliding_window)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("case", WINDOWS)
+def test_windows(family, case, world, tmp_path):
+    """Logits and gradients; 64 greedy tokens with and without a cache, and behind a prompt that
+    several samples read; packed rows."""
+    config = getattr(world, family + "_config")(
+        use_sliding_window=True, max_position_embeddings=128, **WINDOWS[case]
+    )
+    world.assert_parity(config, tmp_path, world.text_batch([12, 7, 1], 12))
+    small = world.pair(config, tmp_path)
+    mistral = world.sibling("test_mistral")
+    mistral.test_a_packed_row_and_a_shared_prefix_are_separate_rows(small, world)
+    mistral.test_greedy_text_is_transformers(small, world)
 
 
 def test_absent_kv_heads_are_not_null(world):

@@ -54,12 +54,15 @@ class LlavaConfig:
 INERT = ("image_seq_length", "ignore_index", "vocab_size")
 
 
-def read_parts(reader: Reader, texts: dict[str, type[LlamaConfig]]) -> dict[str, Any]:
+def read_parts(
+    reader: Reader, texts: dict[str, type[LlamaConfig]], *, text_ties: bool = True
+) -> dict[str, Any]:
     """The attributes that models of a CLIP tower, this projector and a decoder share.
 
     Args:
         reader: of config.json; collects the problems.
         texts: config classes of the decoders handled, by model_type; the first is the default.
+        text_ties: whether the text config's flag ties the head as the whole config's does.
     """
     kinds = {}
     for name, known in {"text_config": tuple(texts), "vision_config": VISION}.items():
@@ -71,8 +74,8 @@ def read_parts(reader: Reader, texts: dict[str, type[LlamaConfig]]) -> dict[str,
         kinds[name] = kind
     text = texts[kinds["text_config"]].read(reader.section("text_config"))
     vision = ClipVisionConfig.read(_with_tower_defaults(reader))
-    # Either place ties the head: transformers copies the text config's flag upwards.
-    tied = reader.flag("tie_word_embeddings", False) or text.tied
+    # transformers copies the text config's flag upwards, but not in every family.
+    tied = reader.flag("tie_word_embeddings", False) or (text_ties and text.tied)
     layers = reader.get("vision_feature_layer", -2)
     many = isinstance(layers, list | tuple)
     strategy = reader.choice("vision_feature_select_strategy", "default", ("default", "full"))
@@ -100,7 +103,7 @@ def read_parts(reader: Reader, texts: dict[str, type[LlamaConfig]]) -> dict[str,
 def _with_tower_defaults(reader: Reader) -> Reader:
     """An absent vision_config means CLIP ViT-L/14 at 336 pixels, as in transformers."""
     section = reader.section("vision_config")
-    if not section.raw:
+    if reader.raw.get("vision_config") is None:
         section.raw = dict(
             intermediate_size=4096,
             hidden_size=1024,

@@ -38,7 +38,7 @@ class LlavaNextConfig(LlavaConfig):
     @classmethod
     def read(cls, reader: Reader) -> "LlavaNextConfig":
         """Takes the attributes out of ``reader``, which collects the problems."""
-        parts = read_parts(reader, TEXTS)
+        parts = read_parts(reader, TEXTS, text_ties=False)
         if parts["keep_class_token"]:
             reader.problem(
                 "vision_feature_select_strategy",

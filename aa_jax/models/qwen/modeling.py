@@ -1,6 +1,7 @@
 """Qwen2 and Qwen2.5 (Yang et al., 2024), Qwen3 (Yang et al., 2025): options of the decoder."""
 
 import dataclasses
+from typing import Any
 
 from aa_jax.models.config import Reader
 from aa_jax.models.decoder import Decoder, DecoderConfig, Defaults, read_sizes
@@ -15,25 +16,45 @@ DEFAULTS = Defaults(
 
 Qwen = Decoder
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+_OFF = "use_sliding_window is not true, or sliding_window null, so the window has no size"
 
-def read_window(reader: Reader, layers: int) -> None:
-    """Notes a sliding window that would be in use; every layer here sees the whole row.
+
+def read_window(reader: Reader, layers: int, *, first: int = 28) -> dict[str, Any]:
+    """The sliding window of the higher layers, as keyword arguments of `DecoderConfig`.
 
     Qwen configs carry the window's size also where it is switched off, and transformers writes
     out what each layer does (`layer_types`).
+
+    Args:
+        reader: of the text config; collects the problems.
+        layers: number of layers.
+        first: the layer windows begin at where the config does not say (`max_window_layers`).
     """
     used = reader.flag("use_sliding_window", False)
-    window = reader.get("sliding_window", 4096)
-    first = reader.get("max_window_layers", 28)
+    none = reader.raw.get("sliding_window", 1) is None
+    size = reader.get("sliding_window", 4096)  # a size that is not in use may be anything
+    first = reader.get("max_window_layers", first)
     kinds = reader.get("layer_types", None)
-    if kinds is not None and (other := sorted(set(kinds) - {"full_attention"})):
-        reader.problem("layer_types", f"holds {', '.join(other)}; only full_attention is handled")
-    elif kinds is None and used and first < layers and reader.raw.get("sliding_window", 1):
-        reader.problem(
-            "use_sliding_window",
-            f"is true: layers {first} to {layers - 1} would see the last {window} tokens only; "
-            "full attention alone is handled",
-        )
+    if kinds is None:
+        if not isinstance(first, int):
+            reader.problem("max_window_layers", f"is {first!r}; it must be a whole number")
+            first = layers
+        windowed = used and not none
+        kinds = [SLIDING if windowed and i >= first else FULL for i in range(layers)]
+    elif not isinstance(kinds, list | tuple) or len(kinds) != layers:
+        reader.problem("layer_types", f"is {kinds!r}; it must name the kind of {layers} layers")
+        return {}
+    elif other := sorted({str(kind) for kind in kinds} - {FULL, SLIDING}):
+        reader.problem("layer_types", f"holds {', '.join(other)}; handled are {FULL}, {SLIDING}")
+        return {}
+    elif SLIDING in kinds and (none or not used):
+        reader.problem("layer_types", f"holds {SLIDING}, but {_OFF}")
+        return {}
+    if SLIDING not in kinds:
+        return {}
+    size = reader.size("sliding_window", 4096)
+    return dict(window=size, full_layers=tuple(i for i, k in enumerate(kinds) if k == FULL))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +64,10 @@ class Qwen2Config(DecoderConfig):
     @classmethod
     def read(cls, reader: Reader) -> "Qwen2Config":
         """Takes the attributes out of ``reader``, which collects the problems."""
-        config = cls(**read_sizes(reader, DEFAULTS), qkv_bias=True)
-        read_window(reader, config.num_layers)
+        sizes = read_sizes(reader, DEFAULTS)
+        window = read_window(reader, sizes["num_layers"])
         reader.finish()
-        return config
+        return cls(**sizes, **window, qkv_bias=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +79,6 @@ class Qwen3Config(DecoderConfig):
         """Takes the attributes out of ``reader``, which collects the problems."""
         bias = reader.flag("attention_bias", False)
         sizes = read_sizes(reader, dataclasses.replace(DEFAULTS, head_dim=128))
-        config = cls(**sizes, qkv_bias=bias, out_bias=bias, qk_norm="rms")
-        read_window(reader, config.num_layers)
+        window = read_window(reader, sizes["num_layers"])
         reader.finish()
-        return config
+        return cls(**sizes, **window, qkv_bias=bias, out_bias=bias, qk_norm="rms")

@@ -216,10 +216,10 @@ def _check_repeated(reader: Reader, text: Reader) -> None:
 
 def _read_text(reader: Reader) -> DecoderConfig:
     sizes = read_sizes(reader, TEXT_DEFAULTS, mrope=True)
-    read_window(reader, sizes["num_layers"])
+    window = read_window(reader, sizes["num_layers"], first=80)
     if sizes["head_dim"] * sizes["num_heads"] != sizes["hidden_size"]:
         reader.problem(
             "hidden_size",
             f"= {sizes['hidden_size']} is not {sizes['num_heads']} heads of {sizes['head_dim']}",
         )
-    return DecoderConfig(**sizes, qkv_bias=True)
+    return DecoderConfig(**sizes, **window, qkv_bias=True)
