@@ -9,10 +9,13 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from aa_jax import models, objectives
 from aa_jax.kernels.attention import attention, causal_intervals, tiled, visible, xla
+from aa_jax.plan import program
 from aa_jax.plan.hlo import collectives
 from aa_jax.platforms import PLATFORMS, portable
 from aa_jax.platforms.target import Target, compiling_for
+from aa_jax.sharding import make_mesh, shardings
 from tests.kernels import test_attention_tpu
 
 T = test_attention_tpu.T  # 200: not a multiple of the tiles below
@@ -205,3 +208,40 @@ def test_the_operator_takes_them_by_itself():
     assert "stablehlo.while" in text
     want = attention(q, k, v, intervals=iv, impl="reference")
     np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+@pytest.mark.slow
+def test_a_dpo_step_over_eight_devices_sends_nothing_more(monkeypatch):
+    """Beside the path that XLA divides by itself: the same collectives."""
+    model = models.build(dict(
+        model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=64, hidden_size=16,
+        intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+    ))  # fmt: skip
+    objective = objectives.dpo(model)
+    batch = program.abstract_batch(model, "preference", 4, 256, 8, program.Layout())
+    batch["ref_logps"] = jax.ShapeDtypeStruct((4, 2), jnp.float32)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    layout = shardings(model.axes(), model.abstract(), mesh)
+    rows = NamedSharding(mesh, P(("data", "fsdp")))
+
+    def placed(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    params = jax.tree.map(placed, model.abstract(), layout)
+    batch = jax.tree.map(lambda x: placed(x, rows), batch)
+
+    def sent():
+        with jax.set_mesh(mesh):
+            grad = jax.jit(
+                jax.grad(lambda p, b: objective(p, b)[0]), out_shardings=layout
+            ).lower(params, batch)  # fmt: skip
+            return grad.as_text(), collectives(grad.compile().as_text())
+
+    text, tiled_traffic = sent()
+    monkeypatch.setattr(xla, "TILED_ON_CPU", {"intervals": 10**6, "full": 10**6})
+    jax.clear_caches()
+    dense_text, dense_traffic = sent()
+    assert text.count("manual_computation") > dense_text.count(
+        "manual_computation"
+    )  # the first one did take tiles
+    assert tiled_traffic == dense_traffic and tiled_traffic["all-gather"].count
