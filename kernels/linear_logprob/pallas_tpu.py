@@ -26,6 +26,7 @@ BLOCK = (2048, 8192)
 
 _LANES = 8
 _LOW = 128  # width of a vector register: scratch columns are broadcast to it
+_STRIP = 16  # tokens at a time after a product: what belongs to them stays in registers
 
 
 class Sizes(NamedTuple):
@@ -202,6 +203,14 @@ def _accumulate(h_ref, w_ref, acc_ref, k):
     )
 
 
+def _strips(tokens, body):
+    """``body(rows)`` for a few rows at a time; a whole tile at once would not fit the registers."""
+
+    @pl.loop(0, tokens, step=_STRIP)
+    def _(first):
+        body(pl.ds(pl.multiple_of(first, _STRIP), _STRIP))
+
+
 def _forward_kernel(live_ref, h_ref, w_ref, *refs, spec, vocab, biased):
     b_ref = refs[0] if biased else None
     t_ref, out_ref, acc_ref, *state = refs[biased:]
@@ -220,17 +229,20 @@ def _forward_kernel(live_ref, h_ref, w_ref, *refs, spec, vocab, biased):
         for ref in state[1:]:
             ref[...] = jnp.zeros_like(ref)
 
-    @pl.when(alive & deep)
-    def _():
-        z, _ = tile.logits(acc_ref[...], None if b_ref is None else b_ref[...], spec)
+    def reduce(rows):
+        z, _ = tile.logits(acc_ref[rows], None if b_ref is None else b_ref[...], spec)
         index = tile.columns(j * z.shape[1], z.shape)
         z = jnp.where(index < vocab, z, -jnp.inf)
-        top, total, weighted, target = (ref[:, :1] for ref in state)
+        top, total, weighted, target = (ref[rows, :1] for ref in state)
         partial = tile.Partial(top, total, weighted if spec.need_entropy else None, target)
-        partial = tile.update(partial, z, index == t_ref[...])
+        partial = tile.update(partial, z, index == t_ref[rows])
         for ref, value in zip(state, partial, strict=True):
             if value is not None:
-                ref[...] = jnp.broadcast_to(value, ref.shape)
+                ref[rows] = jnp.broadcast_to(value, (_STRIP, _LOW))
+
+    @pl.when(alive & deep)
+    def _():
+        _strips(acc_ref.shape[0], reduce)
 
     @pl.when(alive & last)
     def _():
@@ -252,13 +264,17 @@ def _dlogits_kernel(first_ref, h_ref, w_ref, *refs, spec, vocab, biased):
     j, k = pl.program_id(1), pl.program_id(2)
     _accumulate(h_ref, w_ref, acc_ref, k)
 
+    def gradient(rows):
+        z, capped = tile.logits(acc_ref[rows], None if b_ref is None else b_ref[...], spec)
+        index = tile.columns(first_ref[0] + j * z.shape[1], z.shape)
+        values = rows_ref[rows]
+        values = blocked.Rows(*(values[:, n : n + 1] for n in range(len(blocked.Rows._fields))))
+        dz = tile.dlogits(z, capped, index == t_ref[rows], *values, spec)
+        out_ref[rows] = jnp.where(index < vocab, dz, 0.0).astype(out_ref.dtype)
+
     @pl.when(k == pl.num_programs(2) - 1)
     def _():
-        z, capped = tile.logits(acc_ref[...], None if b_ref is None else b_ref[...], spec)
-        index = tile.columns(first_ref[0] + j * z.shape[1], z.shape)
-        rows = blocked.Rows(*(rows_ref[:, n : n + 1] for n in range(len(blocked.Rows._fields))))
-        dz = tile.dlogits(z, capped, index == t_ref[...], *rows, spec)
-        out_ref[...] = jnp.where(index < vocab, dz, 0.0).astype(out_ref.dtype)
+        _strips(acc_ref.shape[0], gradient)
 
 
 ENGINE = engine()

@@ -241,7 +241,6 @@ def test_a_dpo_step_over_eight_devices_sends_nothing_more(monkeypatch):
     monkeypatch.setattr(xla, "TILED_ON_CPU", {"intervals": 10**6, "full": 10**6})
     jax.clear_caches()
     dense_text, dense_traffic = sent()
-    assert text.count("manual_computation") > dense_text.count(
-        "manual_computation"
-    )  # the first one did take tiles
+    # The first one did take tiles.
+    assert text.count("manual_computation") > dense_text.count("manual_computation")
     assert tiled_traffic == dense_traffic and tiled_traffic["all-gather"].count
