@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from aa_jax.kernels import tuning
 from aa_jax.kernels.attention import tile
 from aa_jax.kernels.attention.intervals import nonempty
 from aa_jax.kernels.attention.intervals import visible as dense
@@ -26,11 +27,8 @@ from aa_jax.kernels.attention.intervals import visible as dense
 class Sizes(NamedTuple):
     """Tile sizes, multiples of 128: queries and keys."""
 
-    queries: int = 512
-    keys: int = 512
-
-
-SIZES = Sizes()
+    queries: int
+    keys: int
 
 
 def attention(
@@ -39,11 +37,15 @@ def attention(
     v: Float[Array, "B S K D"],
     intervals: Int[Array, "_ T 4"] | None,
     scale: float,
-    sizes: Sizes = SIZES,
+    sizes: Sizes | None = None,
     interpret=False,
 ) -> Float[Array, "B T H D"]:
-    """See `aa_jax.kernels.attention.api.attention`; ``interpret`` as in ``pallas_call``."""
+    """See `aa_jax.kernels.attention.api.attention`; ``interpret`` as in ``pallas_call``.
+
+    ``sizes`` None: those of `aa_jax.kernels.tuning`.
+    """
     queries, keys = q.shape[1], k.shape[1]
+    sizes = sizes or Sizes(*tuning.sizes("attention", q.dtype, q.shape[3]))
     tiles = Sizes(_fit(sizes.queries, queries), _fit(sizes.keys, keys))
     if intervals is None:
         intervals = jnp.tile(jnp.array([0, 0, 0, keys], jnp.int32), (1, queries, 1))

@@ -62,7 +62,7 @@ def attention(
     reason = divides(rows, k.shape[2], rows=tiled.ROWS, parts=tiled.HEADS)
     mesh = None if alone or reason else jax.sharding.get_abstract_mesh()
     if tiles is None and block is None and (alone or mesh is not None):
-        tiles = _tiles(q, k, intervals)
+        tiles = tiles_for(q, k, intervals)
     if tiles is not None:
         return tiled.attention(q, k, v, intervals, scale, tiles, mesh)
     if block is None:
@@ -72,8 +72,10 @@ def attention(
     return _attention(q, k, v, intervals, scale, min(block, queries))
 
 
-def _tiles(q, k, intervals) -> tiled.Tiles | None:
-    """Sizes of tiles, or None where they do not pay."""
+def tiles_for(
+    q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], intervals: Int[Array, "_ T 4"] | None
+) -> tiled.Tiles | None:
+    """Sizes of the tiles the scores are cut into, or None where tiles do not pay."""
     (rows, queries, heads, _), keys = q.shape, k.shape[1]
     if target.backend() == "cpu":
         shorter = min(queries, keys)

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
+from aa_jax.kernels import tuning
 from aa_jax.kernels.linear_logprob import blocked, tile, xla
 from aa_jax.kernels.linear_logprob.spec import LogProbs, Spec
 
@@ -32,12 +33,9 @@ _STRIP = 16  # tokens at a time after a product: what belongs to them stays in r
 class Sizes(NamedTuple):
     """Tile sizes of a kernel: tokens, vocabulary, depth."""
 
-    tokens: int = 512
-    vocab: int = 1024
-    depth: int = 512
-
-
-SIZES = Sizes()
+    tokens: int
+    vocab: int
+    depth: int
 
 
 def linear_logprob(
@@ -66,8 +64,11 @@ def _call(hidden, head, targets, mask, bias, spec, engine):
     return LogProbs(jnp.where(known | ~counts, outs[0], jnp.nan), *outs[1:])
 
 
-def engine(sizes: Sizes = SIZES, interpret=False) -> blocked.Engine:
-    """The kernels with these tile sizes; ``interpret`` as in ``pallas_call``."""
+def engine(sizes: Sizes | None = None, interpret=False) -> blocked.Engine:
+    """The kernels with these tile sizes; ``interpret`` as in ``pallas_call``.
+
+    ``sizes`` None: those of `aa_jax.kernels.tuning`.
+    """
     return blocked.Engine(
         functools.partial(_partials, sizes=sizes, interpret=interpret),
         functools.partial(_dlogits, sizes=sizes, interpret=interpret),
@@ -77,6 +78,7 @@ def engine(sizes: Sizes = SIZES, interpret=False) -> blocked.Engine:
 def _partials(hidden, targets, live, tiles, vocab, spec, *, sizes, interpret):
     """See `blocked.Engine`; the tiles of the head are neighbours, so it reads them whole."""
     blocks, chunk, depth = hidden.shape
+    sizes = sizes or Sizes(*tuning.sizes("linear_logprob_forward", hidden.dtype, depth))
     weight = tiles.weight.reshape(-1, depth)
     bias = None if tiles.bias is None else tiles.bias.reshape(1, -1)
     tokens = _fit(sizes.tokens, chunk, 16)
@@ -117,7 +119,8 @@ def _partials(hidden, targets, live, tiles, vocab, spec, *, sizes, interpret):
 
 def _dlogits(hidden, targets, rows, weight, bias, first, vocab, spec, *, sizes, interpret):
     """See `blocked.Engine`."""
-    chunk, width = hidden.shape[0], weight.shape[0]
+    (chunk, depth), width = hidden.shape, weight.shape[0]
+    sizes = sizes or Sizes(*tuning.sizes("linear_logprob_dlogits", hidden.dtype, depth))
     tokens = _fit(sizes.tokens, chunk, 16)
     packed = [jnp.zeros((chunk, 1)) if x is None else x for x in rows]
     packed = jnp.concatenate(packed + [jnp.zeros((chunk, _LANES - len(packed)))], axis=1)
