@@ -7,6 +7,7 @@ implementation that is unknown or cannot run here (platform, dtype, shape, devic
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -97,6 +98,40 @@ def undivided() -> bool:
         return target.device_count() == 1
     axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
     return all(size == 1 or kind == jax.sharding.AxisType.Manual for size, kind in axes)
+
+
+def divides(
+    count: int,
+    part: int,
+    *,
+    rows: tuple[str, ...] = ("data", "fsdp"),
+    parts: str = "tensor",
+    words: tuple[str, str] = ("rows", "heads"),
+) -> str | None:
+    """Why the ambient mesh (``jax.set_mesh``) cannot divide two axes explicitly, or None.
+
+    Args:
+      count: size of the axis that is divided over the mesh axes ``rows``.
+      part: size of the one divided over the mesh axis ``parts``.
+      rows: mesh axes.
+      parts: a mesh axis.
+      words: what the two axes of the array are, for the reason.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return "no mesh says how the arrays are divided"
+    if any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types):
+        return "the program divides its arrays itself"
+    sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+    if missing := [name for name in (*rows, parts) if name not in sizes]:
+        return f"the mesh has no axis {missing[0]!r}"
+    if other := [n for n, size in sizes.items() if n not in (*rows, parts) and size > 1]:
+        return f"the mesh also divides along {other[0]!r}"
+    over = math.prod(sizes[name] for name in rows), sizes[parts]
+    for what, total, pieces in zip(words, (count, part), over, strict=True):
+        if total % pieces:
+            return f"the {what} ({total}) cannot be divided over {pieces} devices"
+    return None
 
 
 def hopper_refuses() -> str | None:

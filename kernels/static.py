@@ -26,6 +26,18 @@ REGISTERS = 168
 """Registers per thread of three warpgroups on Hopper."""
 
 
+class Body(NamedTuple):
+    """A stretch of a TPU kernel that multiplies matrices: what a grid step runs, or one way of it.
+
+    Attributes:
+      bundles: instruction bundles.
+      spills: spill stores among them.
+    """
+
+    bundles: int
+    spills: int
+
+
 class Facts(NamedTuple):
     """One compiled kernel.
 
@@ -35,6 +47,7 @@ class Facts(NamedTuple):
       spills: spill stores (TPU) or bytes of them (GPU).
       bundles: instruction bundles, TPU only.
       registers: per thread, GPU only.
+      bodies: TPU only, in the order of the program.
     """
 
     kernel: str
@@ -42,6 +55,7 @@ class Facts(NamedTuple):
     spills: int
     bundles: int = 0
     registers: int = 0
+    bodies: tuple[Body, ...] = ()
 
     def __str__(self) -> str:
         if self.registers:
@@ -52,6 +66,7 @@ class Facts(NamedTuple):
         return (
             f"{self.kernel}: {self.kib / KIB:.1f} of {VMEM_KIB // KIB} MiB VMEM, {self.spills} "
             f"spill stores in {self.bundles} bundles"
+            + "".join(f", {b.spills} in {b.bundles} of a matmul body" for b in self.bodies)
         )
 
     def keeps_budget(self) -> bool:
@@ -100,9 +115,38 @@ def _tpu(folder: Path) -> Iterator[Facts]:
         bundles = [line.split() for line in body.strip().splitlines()]
         spills = sum(int(line[slots.index("VSTORE:SPILL")]) for line in bundles)
         prefix = re.match(r"(.*?)-\d+-final_hlo", path.name)[1]
+        bodies = _bodies(next(folder.glob(f"{prefix}-??-final_bundles.txt")), slots, bundles)
         (report,) = folder.glob(f"{prefix}-??-post-ra.txt")
         vmem = sum(int(size, 16) for size in dict(_ALLOCATION.findall(report.read_text())).values())
-        yield Facts(name[1], vmem / KIB, spills, bundles=len(bundles))
+        yield Facts(name[1], vmem / KIB, spills, bundles=len(bundles), bodies=bodies)
+
+
+_BUNDLE = re.compile(r" *(0x[0-9a-f]+|0)\s+(?:[A-Z]{2} *)?: ")
+
+
+def _bodies(path: Path, slots: list[str], bundles: list[list[str]]) -> tuple[Body, ...]:
+    """Regions of predicated or repeated code with matrix products, from the compiler's remarks.
+
+    Every bundle belongs to the innermost region open at it; one line of ``bundles`` is one bundle.
+    """
+    regions: dict[str, list[int]] = {}
+    opened = ["all"]
+    for line in path.read_text().splitlines():
+        opened += re.findall(r"Start region (\d+)", line)
+        if bundle := _BUNDLE.match(line):
+            regions.setdefault(opened[-1], []).append(int(bundle[1], 0))
+        for name in re.findall(r"End region (\d+)", line):
+            if name in opened:
+                opened.remove(name)
+
+    def total(slot: str, rows: list[int]) -> int:
+        return sum(int(bundles[row][slots.index(slot)]) for row in rows)
+
+    return tuple(
+        Body(len(rows), total("VSTORE:SPILL", rows))
+        for rows in regions.values()
+        if total("MXU", rows)
+    )
 
 
 def _gpu(folder: Path) -> Iterator[Facts]:

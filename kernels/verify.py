@@ -285,7 +285,8 @@ def main(arguments: list[str] | None = None) -> int:
         static.prepare(reports, options.platform)
         for number, (name, device) in enumerate(devices(options)):
             sys.stdout.write(f"{name}: {device.device_kind}\n")
-            target = targets.Target("tpu", 1) if tpu else targets.Target("cuda", 1, "9.0")
+            where = ("tpu", 1, "") if tpu else ("cuda", 1, "9.0")
+            target = targets.Target(*where, device.device_kind)
             programs = cases("pallas_tpu") if tpu else itertools.chain(
                 cases("pallas_hopper"), cases("xla"), cudnn_cases()
             )  # fmt: skip

@@ -102,7 +102,7 @@ def open_slice(topology: str) -> Slice:
     try:
         if _is_tpu(chip):
             found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-            target = Target("tpu", len(found.devices))
+            target = Target("tpu", len(found.devices), kind=found.devices[0].device_kind)
             words = "libtpu, compile only"
         else:
             found = topologies.get_topology_desc(

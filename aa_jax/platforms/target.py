@@ -18,11 +18,13 @@ class Target:
       backend: what ``jax.default_backend()`` would say there.
       devices: how many there are.
       capability: CUDA compute capability, e.g. "9.0"; empty where it means nothing.
+      kind: what JAX would call their ``device_kind``; empty where nobody knows.
     """
 
     backend: str
     devices: int
     capability: str = ""
+    kind: str = ""
 
 
 _TARGET: ContextVar[Target | None] = ContextVar("aa_jax_target", default=None)
@@ -53,6 +55,15 @@ def capability() -> str:
     import jax
 
     return str(getattr(jax.devices()[0], "compute_capability", "0"))
+
+
+def kind() -> str:
+    """``device_kind`` of the target's devices."""
+    if target := _TARGET.get():
+        return target.kind
+    import jax
+
+    return jax.devices()[0].device_kind
 
 
 @contextlib.contextmanager

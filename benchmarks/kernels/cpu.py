@@ -8,9 +8,10 @@ so must the gradients. Naive jnp holds all logits and is differentiated by JAX. 
 those of ``torch.utils.checkpoint`` around a cross entropy, swept, and its fastest counts.
 Temporary memory is the compiler's account (``memory_analysis``) of the same programs.
 
-Attention runs rows of packed sequences, and rows in which two responses share a prompt, once with
-intervals and once as a dense mask on ``jax.nn.dot_product_attention``. ``visible`` is the share of
-the scores that anybody sees: what skipping would save at best.
+Attention runs rows of packed sequences, rows in which two responses share a prompt, and causal
+ones: with intervals, with all scores formed at once (our own path for small problems), without a
+mask, and as a dense mask on ``jax.nn.dot_product_attention``. ``visible`` is the share of the
+scores that anybody sees, ``visited`` that of the tiles in which any is.
 """
 
 import argparse
@@ -30,11 +31,12 @@ import numpy as np
 import torch
 from clock import environment, measure
 
-from aa_jax.kernels.attention import attention, visible
+from aa_jax.kernels.attention import attention, tile, visible, xla
 from aa_jax.kernels.linear_logprob import linear_logprob
 
 OURS, NAIVE = "aa_jax, blocks", "naive jnp"
 INTERVALS, DENSE, FULL = "aa_jax, intervals", "jax.nn, dense mask", "aa_jax, full"
+ALL_SCORES = "aa_jax, all scores"
 MIB = 2**20
 
 
@@ -112,6 +114,21 @@ def shared_prefix(length):
     return np.stack([0 * t, np.where(t < prompt, 0, prompt), start, t + 1], -1)
 
 
+def causal(length):
+    """One sequence."""
+    t = np.arange(length)
+    return np.stack([0 * t, 0 * t, 0 * t, t + 1], -1)
+
+
+def visited(q, k, intervals):
+    """Share of the tiles that are computed, of all there are; 1 if nothing is cut into tiles."""
+    tiles = xla.tiles_for(q, k, intervals)
+    if tiles is None:
+        return 1.0
+    limits = jnp.pad(intervals, ((0, 0), (0, -q.shape[1] % tiles.queries), (0, 0)))
+    return float(tile.touched(limits, tiles.queries, k.shape[1], tiles.keys).mean())
+
+
 def masks(options):
     """Timings of attention with interval masks."""
     rng = np.random.default_rng(0)
@@ -120,12 +137,18 @@ def masks(options):
         jnp.asarray(rng.normal(size=(1, length, heads, depth)), jnp.float32) for _ in range(3)
     )
     found = {}
-    for kind, intervals in (("packed", packed(length)), ("shared prefix", shared_prefix(length))):
+    for kind, intervals in (
+        ("packed", packed(length)), ("shared prefix", shared_prefix(length)),
+        ("causal", causal(length)),
+    ):  # fmt: skip
         iv = jnp.asarray(intervals, jnp.int32)[None]
         dense = visible(iv, length)
         calls = {
             INTERVALS: lambda q, k, v, iv=iv: attention(q, k, v, intervals=iv, impl="xla"),
             FULL: lambda q, k, v: attention(q, k, v, impl="xla"),
+            ALL_SCORES: lambda q, k, v, iv=iv: xla.attention(
+                q, k, v, iv, depth**-0.5, block=length
+            ),
             DENSE: lambda q, k, v, m=dense: jax.nn.dot_product_attention(q, k, v, mask=m[:, None]),
         }
         sides, results = {}, {}
@@ -136,9 +159,14 @@ def masks(options):
         for a, b in zip(results[INTERVALS], results[DENSE], strict=True):
             np.testing.assert_allclose(a, b, atol=1e-4)
         times = measure(
-            sides, [DENSE, FULL], length, repetitions=options.repetitions, seconds=options.seconds
+            sides,
+            [DENSE, FULL, ALL_SCORES],
+            length,
+            repetitions=options.repetitions,
+            seconds=options.seconds,
         )
-        found[kind] = {"visible": float(dense.mean()), **times}
+        shares = {"visible": float(dense.mean()), "visited": visited(q, k, iv)}
+        found[kind] = {**shares, **times}
     return found
 
 
@@ -171,7 +199,8 @@ def main() -> None:
     )
     result["attention"] = masks(options)
     for kind, times in result["attention"].items():
-        show(f"attention, {kind}, T={options.length}, {times['visible']:.0%} visible", times)
+        shares = f"{times['visible']:.0%} visible, {times['visited']:.0%} of the tiles visited"
+        show(f"attention, {kind}, T={options.length}, {shares}", times)
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 

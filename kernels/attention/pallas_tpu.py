@@ -3,7 +3,8 @@
 Three kernels (Dao, "FlashAttention-2", 2023, algorithms 1 and 2): forward over (query tile, key
 tile), the gradient of the queries likewise, and the gradient of keys and values over (key tile,
 query head of the group and query tile), so that nothing is accumulated in memory. A table of the
-tiles in which anything is visible is computed beforehand; the others fetch and compute nothing.
+tiles in which anything is visible is computed beforehand; the others fetch and compute nothing,
+and those in which everything is visible compare nothing.
 """
 
 import functools
@@ -17,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from aa_jax.kernels import tuning
 from aa_jax.kernels.attention import tile
 from aa_jax.kernels.attention.intervals import nonempty
 from aa_jax.kernels.attention.intervals import visible as dense
@@ -25,11 +27,8 @@ from aa_jax.kernels.attention.intervals import visible as dense
 class Sizes(NamedTuple):
     """Tile sizes, multiples of 128: queries and keys."""
 
-    queries: int = 512
-    keys: int = 512
-
-
-SIZES = Sizes()
+    queries: int
+    keys: int
 
 
 def attention(
@@ -38,11 +37,15 @@ def attention(
     v: Float[Array, "B S K D"],
     intervals: Int[Array, "_ T 4"] | None,
     scale: float,
-    sizes: Sizes = SIZES,
+    sizes: Sizes | None = None,
     interpret=False,
 ) -> Float[Array, "B T H D"]:
-    """See `aa_jax.kernels.attention.api.attention`; ``interpret`` as in ``pallas_call``."""
+    """See `aa_jax.kernels.attention.api.attention`; ``interpret`` as in ``pallas_call``.
+
+    ``sizes`` None: those of `aa_jax.kernels.tuning`.
+    """
     queries, keys = q.shape[1], k.shape[1]
+    sizes = sizes or Sizes(*tuning.sizes("attention", q.dtype, q.shape[3]))
     tiles = Sizes(_fit(sizes.queries, queries), _fit(sizes.keys, keys))
     if intervals is None:
         intervals = jnp.tile(jnp.array([0, 0, 0, keys], jnp.int32), (1, queries, 1))
@@ -129,7 +132,9 @@ class _Plan:
         self.shared = intervals.shape[0] == 1
         self.intervals = intervals.transpose(0, 2, 1)
         self.row = jax.ShapeDtypeStruct((self.rows, heads, 1, queries), jnp.float32)
-        self.touched = tile.touched(intervals, tiles.queries, keys, tiles.keys)
+        where = intervals, tiles.queries, keys, tiles.keys
+        # How a tile is computed: 0 not at all, 1 with its mask, 2 without.
+        self.ways = tile.touched(*where).astype(jnp.int32) + tile.covered(*where)
         # What is skipped is known at run time only: the estimate is of everything.
         self.cost = pl.CostEstimate(
             flops=4 * self.rows * heads * queries * keys * depth,
@@ -139,10 +144,10 @@ class _Plan:
 
     def call(self, kernel, name, *, inputs, outputs, scratch, interpret, by_keys=False):
         """Runs a kernel over the tiles, keys inside or (``by_keys``) queries inside."""
-        touched = self.touched.swapaxes(1, 2) if by_keys else self.touched
-        steps = touched.shape[2]
+        ways = self.ways.swapaxes(1, 2) if by_keys else self.ways
+        steps = ways.shape[2]
         # A skipped step names the tile of the last one that was not: nothing is fetched for it.
-        index = jnp.where(touched, jnp.arange(steps, dtype=jnp.int32)[None, None], 0)
+        index = jnp.where(ways > 0, jnp.arange(steps, dtype=jnp.int32)[None, None], 0)
         fetch = jax.lax.cummax(index, axis=2)
         inner = steps * (self.group if by_keys else 1)
         outer = self.down if by_keys else self.across
@@ -151,7 +156,7 @@ class _Plan:
             return ref[((0 if self.shared else b) * outer + o) * steps + _split(n, steps)[1]]
 
         def where(kind):
-            def index_map(b, h, o, n, flags, fetch):
+            def index_map(b, h, o, n, ways, fetch):
                 if by_keys:
                     head, kv_head = h * self.group + _split(n, steps)[0], h
                 else:
@@ -173,10 +178,10 @@ class _Plan:
             }[kind]
             return pl.BlockSpec(shape, index_map)
 
-        def body(flags, fetch, *refs):
+        def body(ways, fetch, *refs):
             b, o, n = pl.program_id(0), pl.program_id(2), pl.program_id(3)
             first_key = (o if by_keys else n) * self.tiles.keys
-            kernel(place(flags, b, o, n) > 0, n == 0, n == inner - 1, first_key, *refs)
+            kernel(place(ways, b, o, n), n == 0, n == inner - 1, first_key, *refs)
 
         return pl.pallas_call(
             body,
@@ -194,7 +199,7 @@ class _Plan:
             cost_estimate=self.cost,
             interpret=interpret,
             name=name,
-        )(touched.astype(jnp.int32).reshape(-1), fetch.reshape(-1), *(x for x, _ in inputs))
+        )(ways.reshape(-1), fetch.reshape(-1), *(x for x, _ in inputs))
 
 
 def _split(number, size):
@@ -214,8 +219,20 @@ def _dot(a, b, contract):
     )
 
 
+def _either_way(way, intervals, first_key, keys, step):
+    """``step(mask [S, T])``, or ``step(None)`` where everything is visible."""
+
+    @pl.when(way == 1)
+    def _():
+        step(tile.visible(intervals[0], first_key, keys))
+
+    @pl.when(way == 2)
+    def _():
+        step(None)
+
+
 def _forward_kernel(
-    alive, first, last, first_key, q, k, v, intervals, out, lse, top, total, acc, *, scale
+    way, first, last, first_key, q, k, v, intervals, out, lse, top, total, acc, *, scale
 ):
     @pl.when(first)
     def _():
@@ -223,14 +240,14 @@ def _forward_kernel(
         total[...] = jnp.zeros_like(total)
         acc[...] = jnp.zeros_like(acc)
 
-    @pl.when(alive)
-    def _():
+    def step(seen):
         keys, values = k[0, 0], v[0, 0]
         scores = _dot(keys, q[0, 0], (1, 1)) * scale  # [S, T]
-        seen = tile.visible(intervals[0], first_key, keys.shape[0])
         new, sums, factor, weights = tile.softmax_step(top[...], total[...], scores, seen)
         acc[...] = acc[...] * factor + _dot(values, weights.astype(values.dtype), (0, 0))
         top[...], total[...] = new, sums
+
+    _either_way(way, intervals, first_key, k.shape[2], step)
 
     @pl.when(last)
     def _():
@@ -239,25 +256,25 @@ def _forward_kernel(
         lse[0, 0] = log_sum
 
 
-def _gradient_of_scores(q, k, v, dout, lse, delta, intervals, first_key, scale):
+def _gradient_of_scores(q, k, v, dout, lse, delta, seen, scale):
     """-> (weights [S, T], gradient of the unscaled scores [S, T])."""
-    scores = _dot(k, q, (1, 1)) * scale
-    weights = tile.weights_again(scores, lse, tile.visible(intervals, first_key, k.shape[0]))
+    weights = tile.weights_again(_dot(k, q, (1, 1)) * scale, lse, seen)
     return weights, weights * (_dot(v, dout, (1, 1)) - delta) * scale
 
 
 def _dq_kernel(
-    alive, first, last, first_key, q, k, v, dout, lse, delta, intervals, dq, acc, *, scale
+    way, first, last, first_key, q, k, v, dout, lse, delta, intervals, dq, acc, *, scale
 ):
     @pl.when(first)
     def _():
         acc[...] = jnp.zeros_like(acc)
 
-    @pl.when(alive)
-    def _():
-        blocks = q[0, 0], k[0, 0], v[0, 0], dout[0, 0], lse[0, 0], delta[0, 0], intervals[0]
-        _, dscores = _gradient_of_scores(*blocks, first_key, scale)
+    def step(seen):
+        blocks = q[0, 0], k[0, 0], v[0, 0], dout[0, 0], lse[0, 0], delta[0, 0]
+        _, dscores = _gradient_of_scores(*blocks, seen, scale)
         acc[...] += _dot(dscores.astype(k.dtype), k[0, 0], (0, 0))
+
+    _either_way(way, intervals, first_key, k.shape[2], step)
 
     @pl.when(last)
     def _():
@@ -265,7 +282,7 @@ def _dq_kernel(
 
 
 def _dkv_kernel(
-    alive, first, last, first_key, q, k, v, dout, lse, delta, intervals, dk, dv, dk_acc, dv_acc,
+    way, first, last, first_key, q, k, v, dout, lse, delta, intervals, dk, dv, dk_acc, dv_acc,
     *, scale,
 ):  # fmt: skip
     @pl.when(first)
@@ -273,12 +290,13 @@ def _dkv_kernel(
         dk_acc[...] = jnp.zeros_like(dk_acc)
         dv_acc[...] = jnp.zeros_like(dv_acc)
 
-    @pl.when(alive)
-    def _():
-        blocks = q[0, 0], k[0, 0], v[0, 0], dout[0, 0], lse[0, 0], delta[0, 0], intervals[0]
-        weights, dscores = _gradient_of_scores(*blocks, first_key, scale)
+    def step(seen):
+        blocks = q[0, 0], k[0, 0], v[0, 0], dout[0, 0], lse[0, 0], delta[0, 0]
+        weights, dscores = _gradient_of_scores(*blocks, seen, scale)
         dk_acc[...] += _dot(dscores.astype(q.dtype), q[0, 0], (1, 0))
         dv_acc[...] += _dot(weights.astype(q.dtype), dout[0, 0], (1, 0))
+
+    _either_way(way, intervals, first_key, k.shape[2], step)
 
     @pl.when(last)
     def _():

@@ -49,26 +49,41 @@ def touched(
     return any_key.reshape(rows, total // queries, queries, -1).any(2)
 
 
+def covered(
+    intervals: Int[Array, "R T 4"], queries: int, keys: int, key_tile: int
+) -> Bool[Array, "R I J"]:
+    """Whether every query of a tile sees all of a tile's keys, in one of its two intervals."""
+    rows, total, _ = intervals.shape
+    first = jnp.arange(0, keys, key_tile, dtype=jnp.int32)[None, None, :, None]
+    bounds = intervals[:, :, None]
+    inside = (bounds[..., 0::2] <= first) & (bounds[..., 1::2] >= first + key_tile)
+    return inside.any(-1).reshape(rows, total // queries, queries, -1).all(2)
+
+
 def softmax_step(
     top: Float32[Array, "*one T"],
     total: Float32[Array, "*one T"],
     scores: Float32[Array, "_ _"],
-    seen: Bool[Array, "_ _"],
+    seen: Bool[Array, "_ _"] | None,
     keys_axis: int = 0,
 ) -> tuple[Array, Array, Array, Array]:
     """Online softmax (Milakov & Gimelshein, 2018) over one more tile.
 
-    ``top`` and ``total`` are [1, T], or [T] and the tile [T, S] with ``keys_axis`` 1.
+    ``top`` and ``total`` are [1, T], or [T] and the tile [T, S] with ``keys_axis`` 1. ``seen`` is
+    None where everything is.
 
     Returns:
       (top, total, factor for what was accumulated so far, weights like the scores).
     """
     keep = top.ndim == 2
-    scores = jnp.where(seen, scores, HIDDEN)
+    if seen is not None:
+        scores = jnp.where(seen, scores, HIDDEN)
     new = jnp.maximum(top, scores.max(keys_axis, keepdims=keep))
     factor = jnp.exp(top - new)
     shifted = scores - (new if keep else spread(new, scores.shape, 1 - keys_axis))
-    weights = jnp.where(seen, jnp.exp(shifted), 0.0)
+    weights = jnp.exp(shifted)
+    if seen is not None:
+        weights = jnp.where(seen, weights, 0.0)
     return new, total * factor + weights.sum(keys_axis, keepdims=keep), factor, weights
 
 
@@ -81,7 +96,8 @@ def softmax_end(
 
 
 def weights_again(
-    scores: Float32[Array, "S T"], lse: Float32[Array, "_ T"], seen: Bool[Array, "S T"]
+    scores: Float32[Array, "S T"], lse: Float32[Array, "_ T"], seen: Bool[Array, "S T"] | None
 ) -> Float32[Array, "S T"]:
-    """The probabilities, from the log-sum-exp of the forward pass."""
-    return jnp.where(seen, jnp.exp(scores - lse), 0.0)
+    """The probabilities, from the log-sum-exp of the forward pass; ``seen`` None: everything."""
+    weights = jnp.exp(scores - lse)
+    return weights if seen is None else jnp.where(seen, weights, 0.0)

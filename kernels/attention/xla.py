@@ -1,10 +1,12 @@
-"""Attention in plain XLA: recomputing backward, dense when small, query blocks when large.
+"""Attention in plain XLA: recomputing backward, dense when small, in tiles or blocks when large.
 
 Forward keeps only the output and the log-sum-exp; backward forms the probabilities again
 (FlashAttention, Dao et al. 2022), so nothing of size ``[T, S]`` outlives a layer.
-Both directions run over all queries at once while ``[B, H, T, S]`` floats fit `DENSE_BYTES`, and
-over blocks of queries under ``lax.scan`` beyond. Layouts are those that XLA's CPU matmuls run
-without a transposed operand, which is worth a factor of two to four there.
+Small scores are formed at once, larger ones tile by tile, without the tiles that nobody sees
+(`tiled`). Where XLA must divide the loop over devices by itself, or an accelerator would have
+nothing to skip, both directions run over all queries at once while ``[B, H, T, S]`` floats fit
+`DENSE_BYTES`, and over blocks of queries under ``lax.scan`` beyond. Layouts are those that XLA's
+CPU matmuls run without a transposed operand, which is worth a factor of two to four there.
 """
 
 import functools
@@ -15,14 +17,20 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from aa_jax.kernels.attention import tiled
 from aa_jax.kernels.attention.intervals import nonempty, visible
+from aa_jax.kernels.dispatch import divides, undivided
 from aa_jax.platforms import target
 
 DENSE_BYTES = 128 * 2**20
 """Scores up to this size, per device, are formed at once."""
 
 BLOCK_BYTES = 64 * 2**20
-"""Size of one block of scores when they are not."""
+"""Size of one block or tile of scores when they are not."""
+
+TILED_ON_CPU = {"intervals": 256, "full": 512}
+"""From so many queries and keys on, tiles are faster on a CPU: with the last, nothing is skipped,
+but a tile stays in the cache."""
 
 _HIDDEN = -1e30  # added to hidden scores: finite, so that rows without keys stay free of NaN
 _WIDE_HEAD = 64
@@ -35,6 +43,7 @@ def attention(
     intervals: Int[Array, "_ T 4"] | None,
     scale: float,
     block: int | None = None,
+    tiles: tiled.Tiles | None = None,
 ) -> Float[Array, "B T H D"]:
     """See `aa_jax.kernels.attention.api.attention`.
 
@@ -44,14 +53,47 @@ def attention(
       v: values.
       intervals: clipped to ``[0, S]``, leading axis B or 1; None for full attention.
       scale: multiplies the scores.
-      block: queries per block; None decides from the size of the scores.
+      block: queries per block, without tiles; None decides from the size of the scores.
+      tiles: sizes of tiles; None decides.
     """
     rows, queries, heads, _ = q.shape
+    alone = undivided()
+    # On several devices a loop of its own for each, where the mesh says how.
+    reason = divides(rows, k.shape[2], rows=tiled.ROWS, parts=tiled.HEADS)
+    mesh = None if alone or reason else jax.sharding.get_abstract_mesh()
+    if tiles is None and block is None and (alone or mesh is not None):
+        tiles = tiles_for(q, k, intervals)
+    if tiles is not None:
+        return tiled.attention(q, k, v, intervals, scale, tiles, mesh)
     if block is None:
         per_query = max(rows * heads * k.shape[1] * 4 // _pieces(), 1)
         dense = per_query * queries <= DENSE_BYTES
         block = queries if dense else max(BLOCK_BYTES // per_query, 16)
     return _attention(q, k, v, intervals, scale, min(block, queries))
+
+
+def tiles_for(
+    q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], intervals: Int[Array, "_ T 4"] | None
+) -> tiled.Tiles | None:
+    """Sizes of the tiles the scores are cut into, or None where tiles do not pay."""
+    (rows, queries, heads, _), keys = q.shape, k.shape[1]
+    if target.backend() == "cpu":
+        shorter = min(queries, keys)
+        if shorter < TILED_ON_CPU["full" if intervals is None else "intervals"]:
+            return None
+        most = 128 if shorter < 1024 else 256
+        return tiled.Tiles(*(_even(length, most) for length in (queries, keys)))
+    if intervals is None or 4 * rows * heads * queries * keys // _pieces() <= DENSE_BYTES:
+        return None
+    # As many bytes per step as a block has, in the shape that matmuls like better.
+    scores = BLOCK_BYTES // (4 * heads)
+    side = 2 ** int(math.log2(scores) / 2)
+    return tiled.Tiles(min(side, 1024), min(2 * side, 1024))
+
+
+def _even(length: int, most: int) -> int:
+    """Side of nearly equal tiles that fill ``length``, a multiple of 4."""
+    return 4 * math.ceil(length / math.ceil(length / most) / 4)
 
 
 def _pieces() -> int:

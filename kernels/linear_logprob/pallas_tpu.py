@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
+from aa_jax.kernels import tuning
 from aa_jax.kernels.linear_logprob import blocked, tile, xla
 from aa_jax.kernels.linear_logprob.spec import LogProbs, Spec
 
@@ -26,17 +27,15 @@ BLOCK = (2048, 8192)
 
 _LANES = 8
 _LOW = 128  # width of a vector register: scratch columns are broadcast to it
+_STRIP = 16  # tokens at a time after a product: what belongs to them stays in registers
 
 
 class Sizes(NamedTuple):
     """Tile sizes of a kernel: tokens, vocabulary, depth."""
 
-    tokens: int = 512
-    vocab: int = 1024
-    depth: int = 512
-
-
-SIZES = Sizes()
+    tokens: int
+    vocab: int
+    depth: int
 
 
 def linear_logprob(
@@ -65,8 +64,11 @@ def _call(hidden, head, targets, mask, bias, spec, engine):
     return LogProbs(jnp.where(known | ~counts, outs[0], jnp.nan), *outs[1:])
 
 
-def engine(sizes: Sizes = SIZES, interpret=False) -> blocked.Engine:
-    """The kernels with these tile sizes; ``interpret`` as in ``pallas_call``."""
+def engine(sizes: Sizes | None = None, interpret=False) -> blocked.Engine:
+    """The kernels with these tile sizes; ``interpret`` as in ``pallas_call``.
+
+    ``sizes`` None: those of `aa_jax.kernels.tuning`.
+    """
     return blocked.Engine(
         functools.partial(_partials, sizes=sizes, interpret=interpret),
         functools.partial(_dlogits, sizes=sizes, interpret=interpret),
@@ -76,6 +78,7 @@ def engine(sizes: Sizes = SIZES, interpret=False) -> blocked.Engine:
 def _partials(hidden, targets, live, tiles, vocab, spec, *, sizes, interpret):
     """See `blocked.Engine`; the tiles of the head are neighbours, so it reads them whole."""
     blocks, chunk, depth = hidden.shape
+    sizes = sizes or Sizes(*tuning.sizes("linear_logprob_forward", hidden.dtype, depth))
     weight = tiles.weight.reshape(-1, depth)
     bias = None if tiles.bias is None else tiles.bias.reshape(1, -1)
     tokens = _fit(sizes.tokens, chunk, 16)
@@ -116,7 +119,8 @@ def _partials(hidden, targets, live, tiles, vocab, spec, *, sizes, interpret):
 
 def _dlogits(hidden, targets, rows, weight, bias, first, vocab, spec, *, sizes, interpret):
     """See `blocked.Engine`."""
-    chunk, width = hidden.shape[0], weight.shape[0]
+    (chunk, depth), width = hidden.shape, weight.shape[0]
+    sizes = sizes or Sizes(*tuning.sizes("linear_logprob_dlogits", hidden.dtype, depth))
     tokens = _fit(sizes.tokens, chunk, 16)
     packed = [jnp.zeros((chunk, 1)) if x is None else x for x in rows]
     packed = jnp.concatenate(packed + [jnp.zeros((chunk, _LANES - len(packed)))], axis=1)
@@ -202,6 +206,14 @@ def _accumulate(h_ref, w_ref, acc_ref, k):
     )
 
 
+def _strips(tokens, body):
+    """``body(rows)`` for a few rows at a time; a whole tile at once would not fit the registers."""
+
+    @pl.loop(0, tokens, step=_STRIP)
+    def _(first):
+        body(pl.ds(pl.multiple_of(first, _STRIP), _STRIP))
+
+
 def _forward_kernel(live_ref, h_ref, w_ref, *refs, spec, vocab, biased):
     b_ref = refs[0] if biased else None
     t_ref, out_ref, acc_ref, *state = refs[biased:]
@@ -220,17 +232,20 @@ def _forward_kernel(live_ref, h_ref, w_ref, *refs, spec, vocab, biased):
         for ref in state[1:]:
             ref[...] = jnp.zeros_like(ref)
 
-    @pl.when(alive & deep)
-    def _():
-        z, _ = tile.logits(acc_ref[...], None if b_ref is None else b_ref[...], spec)
+    def reduce(rows):
+        z, _ = tile.logits(acc_ref[rows], None if b_ref is None else b_ref[...], spec)
         index = tile.columns(j * z.shape[1], z.shape)
         z = jnp.where(index < vocab, z, -jnp.inf)
-        top, total, weighted, target = (ref[:, :1] for ref in state)
+        top, total, weighted, target = (ref[rows, :1] for ref in state)
         partial = tile.Partial(top, total, weighted if spec.need_entropy else None, target)
-        partial = tile.update(partial, z, index == t_ref[...])
+        partial = tile.update(partial, z, index == t_ref[rows])
         for ref, value in zip(state, partial, strict=True):
             if value is not None:
-                ref[...] = jnp.broadcast_to(value, ref.shape)
+                ref[rows] = jnp.broadcast_to(value, (_STRIP, _LOW))
+
+    @pl.when(alive & deep)
+    def _():
+        _strips(acc_ref.shape[0], reduce)
 
     @pl.when(alive & last)
     def _():
@@ -252,13 +267,17 @@ def _dlogits_kernel(first_ref, h_ref, w_ref, *refs, spec, vocab, biased):
     j, k = pl.program_id(1), pl.program_id(2)
     _accumulate(h_ref, w_ref, acc_ref, k)
 
+    def gradient(rows):
+        z, capped = tile.logits(acc_ref[rows], None if b_ref is None else b_ref[...], spec)
+        index = tile.columns(first_ref[0] + j * z.shape[1], z.shape)
+        values = rows_ref[rows]
+        values = blocked.Rows(*(values[:, n : n + 1] for n in range(len(blocked.Rows._fields))))
+        dz = tile.dlogits(z, capped, index == t_ref[rows], *values, spec)
+        out_ref[rows] = jnp.where(index < vocab, dz, 0.0).astype(out_ref.dtype)
+
     @pl.when(k == pl.num_programs(2) - 1)
     def _():
-        z, capped = tile.logits(acc_ref[...], None if b_ref is None else b_ref[...], spec)
-        index = tile.columns(first_ref[0] + j * z.shape[1], z.shape)
-        rows = blocked.Rows(*(rows_ref[:, n : n + 1] for n in range(len(blocked.Rows._fields))))
-        dz = tile.dlogits(z, capped, index == t_ref[...], *rows, spec)
-        out_ref[...] = jnp.where(index < vocab, dz, 0.0).astype(out_ref.dtype)
+        _strips(acc_ref.shape[0], gradient)
 
 
 ENGINE = engine()

@@ -7,15 +7,15 @@ device.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from aa_jax.errors import ConfigError
+from aa_jax.kernels.dispatch import divides
 from aa_jax.kernels.linear_logprob import blocked, tile, xla
 from aa_jax.kernels.linear_logprob.spec import LogProbs, Spec
 from aa_jax.platforms import target
@@ -26,21 +26,8 @@ TOKENS, VOCAB = ("data", "fsdp"), "tensor"
 
 def refuses(tokens: int, vocab: int) -> str | None:
     """Why the ambient mesh (``jax.set_mesh``) cannot divide so many tokens and entries, or None."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return "no mesh says how the arrays are divided"
-    if any(kind != AxisType.Auto for kind in mesh.axis_types):
-        return "the program divides its arrays itself"
-    sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
-    if missing := [name for name in (*TOKENS, VOCAB) if name not in sizes]:
-        return f"the mesh has no axis {missing[0]!r}"
-    if other := [n for n, size in sizes.items() if n not in (*TOKENS, VOCAB) and size > 1]:
-        return f"the mesh also divides along {other[0]!r}"
-    rows = math.prod(sizes[name] for name in TOKENS)
-    for what, count, parts in (("tokens", tokens, rows), ("vocabulary", vocab, sizes[VOCAB])):
-        if count % parts:
-            return f"the {what} ({count}) cannot be divided over {parts} devices"
-    return None
+    words = "tokens", "vocabulary"
+    return divides(tokens, vocab, rows=TOKENS, parts=VOCAB, words=words)
 
 
 def linear_logprob(

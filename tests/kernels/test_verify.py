@@ -43,7 +43,11 @@ def test_reports_of_a_tpu_kernel_are_read_and_removed(tmp_path):
     start = "17-jvp_attention_forward_.1-"
     (tmp_path / f"{start}70-final_hlo-static-per-bundle-utilization.txt").write_text(
         "== CAPACITY:\nMXU, VSTORE, VSTORE:SPILL, SALU\n 4 1 1 2\n== UTILIZATION:\n"
-        "1 0 0 1\n0 1 1 0\n2 1 1 0\n"
+        "0 0 0 1\n0 1 1 0\n2 1 1 0\n"
+    )
+    (tmp_path / f"{start}72-final_bundles.txt").write_text(
+        "LH: loop header\n     0   :  { %1 = x } /* Start region 1 :: Start region 47 */\n"
+        "   0x1   : > { %2 = y ;;\n more } /* End region 47 */\n   0x2 PF: > { %3 = z }\n"
     )
     (tmp_path / f"{start}54-post-ra.txt").write_text(
         "  #allocation1 [shape = 'u32[8]', space=vmem, size = 0x800, scoped]\n"
@@ -52,7 +56,9 @@ def test_reports_of_a_tpu_kernel_are_read_and_removed(tmp_path):
     )
     (tmp_path / "17-fusion-70-final_hlo-static-per-bundle-utilization.txt").write_text("no kernel")
     (found,) = static.take(tmp_path, "tpu")
-    assert found == static.Facts("attention_forward", 3.0, 2, bundles=3)
+    assert found == static.Facts(
+        "attention_forward", 3.0, 2, bundles=3, bodies=(static.Body(1, 1),)
+    )
     assert not found.keeps_budget() and found._replace(bundles=4).keeps_budget()
     assert "2 spill stores in 3 bundles" in str(found) and not list(tmp_path.iterdir())
 
