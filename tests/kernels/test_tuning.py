@@ -68,9 +68,8 @@ def test_the_body_without_a_mask_is_weighed():
 def test_few_operations_per_byte_are_dropped_before_compiling(monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "compile_one", lambda *_: pytest.fail("compiled"))
     device = type("Device", (), {"device_kind": "TPU v6 lite"})()
-    found = tune.judge(
-        "linear_logprob_forward", (512, 1024, 256), "bfloat16", 4096, device, tmp_path
-    )
+    judge = functools.partial(tune.judge, "linear_logprob_forward")
+    found = judge((512, 1024, 256), "bfloat16", 4096, device, tmp_path)
     assert "341 operations per byte, v6e needs 560" in found.refused
     monkeypatch.setattr(tune, "compile_one", lambda *_: (_ for _ in ()).throw(ValueError("vmem")))
     found = judge((1024, 2048, 256), "bfloat16", 4096, device, tmp_path)
