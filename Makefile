@@ -43,6 +43,7 @@ LIBTPU = import importlib.metadata as m; \
 verify-tpu: $(VENV)/.installed  ## compiles every TPU kernel and a whole step for v5e, v5p and v6e, without one
 	$(BIN)/python -m pip install --quiet --quiet --no-deps --upgrade --target build/libtpu \
 	  "$$($(BIN)/python -c '$(LIBTPU)')"
+	$(BIN)/python -m aa_jax.kernels.tune --check --libtpu build/libtpu/libtpu/libtpu.so
 	$(BIN)/python -m aa_jax.kernels.verify --platform tpu --libtpu build/libtpu/libtpu/libtpu.so
 	$(BIN)/python -m aa_jax.plan.verify --platform tpu --libtpu build/libtpu/libtpu/libtpu.so
 

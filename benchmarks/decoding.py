@@ -57,6 +57,8 @@ SIZES = {
     "digits": Size(),
     "small": Size(vocab=8192, dim=512, layers=6, heads=8, kv_heads=2, mlp_dim=1408, rows=8,
                   prompt=256),
+    # One request to a model of the size the tests and the digits world train.
+    "one": Size(vocab=78, dim=64, layers=2, kv_heads=2, mlp_dim=128, rows=1, prompt=32),
     "tiny": Size(vocab=64, dim=32, layers=1, mlp_dim=64, rows=2, prompt=8, new_tokens=8),
 }  # fmt: skip
 

@@ -191,7 +191,9 @@ def rank(operator: str, outcomes: list[Outcome]) -> list[Outcome]:
     return sorted(kept, key=order)
 
 
-def wanted(kind: str, match: str, check: bool) -> Iterator[tuple[tuple[str, Any, int], list]]:
+def wanted(
+    kind: str, match: str, check: bool, only: list[tuple[int, ...]] | None = None
+) -> Iterator[tuple[tuple[str, Any, int], list]]:
     """((operator, dtype, depth), candidates) to compile for a device."""
     for operator, default in tuning.DEFAULT.items():
         for depth in (128, 256) if operator == "attention" else (4096,):
@@ -200,7 +202,9 @@ def wanted(kind: str, match: str, check: bool) -> Iterator[tuple[tuple[str, Any,
                     continue
                 shipped = tuning.sizes(operator, dtype, depth, kind)
                 listed = [*dict.fromkeys((shipped, default))]
-                yield (operator, dtype, depth), listed if check else list(CANDIDATES[operator])
+                tried = only and [s for s in only if len(s) == len(default)]
+                found = listed if check else tried if only else list(CANDIDATES[operator])
+                yield (operator, dtype, depth), found
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -212,9 +216,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--check", action="store_true", help="compile what is shipped, nothing else"
     )
+    parser.add_argument("--sizes", action="append", help="only these, e.g. 512x512; repeatable")
     parser.add_argument("--out", type=Path, help="JSON file for all outcomes")
     options = parser.parse_args(arguments)
     targets.prepare(options.topology, options.libtpu)
+    only = [tuple(map(int, text.split("x"))) for text in options.sizes or ()] or None
     failed, found = 0, []
     with tempfile.TemporaryDirectory() as folder:
         reports = Path(folder)
@@ -223,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
         device = place.devices[0]
         with targets.compiling_for(targets.Target("tpu", 1, kind=device.device_kind)):
             for (operator, dtype, depth), sizes in wanted(
-                device.device_kind, options.match, options.check
+                device.device_kind, options.match, options.check, only
             ):
                 sys.stdout.write(f"{device.device_kind}, {operator}, {dtype}, depth {depth}\n")
                 outcomes = []

@@ -1,11 +1,13 @@
 """Tile sizes of the TPU kernels: one table, looked up by what is being compiled for.
 
 No timing stands behind an entry. `aa_jax.kernels.tune` compiles candidates for chips that are not
-there and keeps those that fit; among them an entry is the one that by the compiler's own schedule
-keeps the matrix units busiest, then the one with fewest spills (`tune` says how these are counted).
+there and keeps those that fit; an entry is one of those that by the compiler's own schedule keep
+the matrix units busiest (`tune` says how that is counted, and which of several it is).
 """
 
 from typing import Any, NamedTuple
+
+import jax.numpy as jnp
 
 from aa_jax.platforms import target
 
@@ -35,7 +37,17 @@ DEFAULT: dict[str, tuple[int, ...]] = {
 }
 """Sizes that fit every chip compiled for, in float32 and with heads of 256 too."""
 
-TABLE: dict[Key, tuple[int, ...]] = {}
+TABLE: dict[Key, tuple[int, ...]] = {
+    Key("TPU v5 lite", "attention", "bfloat16", "heads of 128"): (512, 512),
+    Key("TPU v5 lite", "linear_logprob_forward", "bfloat16", "any"): (512, 2048, 256),
+    Key("TPU v5 lite", "linear_logprob_dlogits", "bfloat16", "any"): (512, 2048, 256),
+    Key("TPU v5", "attention", "bfloat16", "heads of 128"): (512, 512),
+    Key("TPU v5", "attention", "bfloat16", "heads of 256"): (512, 512),
+    Key("TPU v6 lite", "attention", "bfloat16", "heads of 128"): (1024, 512),
+    Key("TPU v6 lite", "attention", "bfloat16", "heads of 256"): (1024, 512),
+    Key("TPU v6 lite", "linear_logprob_forward", "bfloat16", "any"): (1024, 2048, 256),
+}
+"""What is not in it takes `DEFAULT`."""
 
 
 def bucket(operator: str, depth: int) -> str:
@@ -57,5 +69,6 @@ def sizes(operator: str, dtype: Any, depth: int, kind: str | None = None) -> tup
       depth: head size, or width of the hidden states.
       kind: a ``device_kind``; None asks what is being compiled for.
     """
-    key = Key(kind or target.kind(), operator, str(dtype), bucket(operator, depth))
+    name = jnp.dtype(dtype).name
+    key = Key(kind or target.kind(), operator, name, bucket(operator, depth))
     return TABLE.get(key, DEFAULT[operator])

@@ -274,6 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", help="file with the text of a GPU target config")
     parser.add_argument("--cuda", help="folder of JAX's CUDA plugin, ptxas and cuDNN")
     parser.add_argument("--match", default="", help="only cases whose name contains this")
+    parser.add_argument("--no-reports", action="store_true", help="of the kernels, which take long")
     parser.add_argument("--table", type=Path, help="Markdown file for the figures")
     options = parser.parse_args(arguments)
     tpu = options.platform == "tpu"
@@ -282,7 +283,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows = list(_HEADING)
     with tempfile.TemporaryDirectory() as folder:
         reports = Path(folder)
-        static.prepare(reports, options.platform)
+        if not options.no_reports:
+            static.prepare(reports, options.platform)
         for number, (name, device) in enumerate(devices(options)):
             sys.stdout.write(f"{name}: {device.device_kind}\n")
             where = ("tpu", 1, "") if tpu else ("cuda", 1, "9.0")
@@ -294,7 +296,8 @@ def main(arguments: list[str] | None = None) -> int:
                 for case in programs:
                     if options.match not in case.name or (number and not _probe(case)):
                         continue
-                    found = check(case, device, mosaic=tpu, reports=reports)
+                    kept = None if options.no_reports else reports
+                    found = check(case, device, mosaic=tpu, reports=kept)
                     compiled, failed = compiled + 1, failed + (not found.passed)
                     rows += table(name if tpu else "H200", case, found)
                     sys.stdout.write(f"  {found.line}\n")

@@ -50,7 +50,7 @@ def reference(value: Any, kind: str, where: str = "") -> Media | Image.Image:
     if isinstance(value, (Image.Image, Media)):
         return value
     if isinstance(value, Mapping) and "array" in value:
-        return Media(kind, array=value["array"], sampling_rate=int(value["sampling_rate"]))
+        return Media(kind, array=value["array"], sampling_rate=_rate(value.get("sampling_rate")))
     if isinstance(value, Mapping):
         data, path = value.get("bytes"), value.get("path")
         if data or path:
@@ -60,10 +60,31 @@ def reference(value: Any, kind: str, where: str = "") -> Media | Image.Image:
     elif isinstance(value, (str, os.PathLike)) and (text := os.fspath(value)).strip():
         return _from_text(text.strip(), kind, where)
     elif isinstance(value, np.ndarray):
-        return Image.fromarray(value)
+        return _from_array(value, kind, where)
     raise MediaError(
         f"{where or 'A row'}: the {kind} column holds {_describe(value)}; expected bytes, a path, "
         f'a data URL, {{"bytes", "path"}} or a decoded {kind}. {_NO_IMAGE_FIX}'
+    )
+
+
+def _rate(value: Any) -> int | None:
+    """A sampling rate as a whole number of Hz; None where it is not one."""
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _from_array(array: np.ndarray, kind: str, where: str) -> Image.Image:
+    if kind == "image":
+        try:
+            return Image.fromarray(array)
+        except (TypeError, ValueError):
+            pass
+    raise MediaError(
+        f"{where or 'A row'}: the {kind} column holds an array {list(array.shape)} {array.dtype}; "
+        "an image is [height, width] or [height, width, 3], uint8; audio and video come as "
+        '{"array", "sampling_rate"}.'
     )
 
 
@@ -164,7 +185,13 @@ def decode_image(value: Any, *, root: str | None = None, where: str = "") -> Ima
             ) from error
     else:
         image = value
-    return to_rgb(image)
+    image = to_rgb(image, where)
+    if not image.width or not image.height:
+        raise MediaError(
+            f"{where or 'A row'}: the image is {image.height} x {image.width} pixels, so there is "
+            f"nothing to see. {_NO_IMAGE_FIX}"
+        )
+    return image
 
 
 def _load_whole(image: Image.Image) -> None:
@@ -177,12 +204,18 @@ def _load_whole(image: Image.Image) -> None:
     image.load()
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode -> RGB, by the rules at the top of this file."""
+def to_rgb(image: Image.Image, where: str = "") -> Image.Image:
+    """Any PIL mode -> RGB, by the rules at the top of this file.
+
+    Raises:
+      MediaError: a pixel is not a number.
+    """
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I") or image.mode == "F":
         pixels = np.asarray(image).astype(np.float64)
+        if np.isnan(pixels).any():
+            raise MediaError(f"{where or 'A row'}: the image holds NaN pixels. {_NO_IMAGE_FIX}")
         if image.mode != "F" and (image.mode != "I" or pixels.max(initial=0) > 255):
             pixels = pixels / 257.0
         grey = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)

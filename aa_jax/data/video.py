@@ -46,7 +46,7 @@ def video_info(value: Any, *, root: str | None = None, where: str = "") -> Video
     Raises:
       MediaError: the file is missing, damaged or holds no video.
     """
-    media = reference(value, "video", where)
+    media = _video(value, where)
     if media.array is not None:
         frames = _array(media, where)
         return VideoInfo(len(frames), float(media.sampling_rate or 1), *frames.shape[1:3])
@@ -68,7 +68,7 @@ def read_frames(
     Raises:
       MediaError: see `video_info`; or the file ends before the last frame asked for.
     """
-    media = reference(value, "video", where)
+    media = _video(value, where)
     if media.array is not None:
         frames = _array(media, where)
         return [Image.fromarray(np.ascontiguousarray(frames[i])) for i in indices]
@@ -94,9 +94,17 @@ def read_frames(
     return [found[int(i)] for i in indices]
 
 
+def _video(value: Any, where: str) -> Media:
+    media = reference(value, "video", where)
+    if not isinstance(media, Media) or media.kind != "video":
+        kind = media.kind if isinstance(media, Media) else f"an {type(media).__name__}"
+        raise MediaError(f"{where or 'A row'}: expected a video, found {kind}.")
+    return media
+
+
 def _array(media: Media, where: str) -> np.ndarray:
     frames = np.asarray(media.array)
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
         raise MediaError(
             f"{where or 'A row'}: decoded video frames must be [frames, height, width, 3] uint8, "
             f"got {list(frames.shape)} {frames.dtype}."

@@ -68,6 +68,7 @@ BAD = {
     "bytes": ({"array": np.zeros(9, np.uint8), "sampling_rate": 16000}, "type uint8"),
     "cube": ({"array": np.zeros((2, 3, 4)), "sampling_rate": 16000}, r"shape \(2, 3, 4\)"),
     "no rate": (Media("audio", array=np.zeros(9)), "without a sampling rate"),
+    "null rate": ({"array": np.zeros(9), "sampling_rate": None}, "without a sampling rate"),
     "image": (Media("image", data=b"x"), "expected audio, found image"),
     "cut": (encoded(tone(500), 16000)[:-100], "truncated.*1000 bytes of samples, 900 are"),
     "cut flac": (encoded(tone(50000), 16000, "FLAC")[:20000], "truncated|cannot decode"),

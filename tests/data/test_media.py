@@ -146,6 +146,20 @@ def test_missing_media_say_what_is_wrong(value, words, tmp_path):
         media.decode_image(value, root=str(tmp_path), where="t:4")
 
 
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        (Image.new("RGB", (0, 5)), "5 x 0 pixels"),
+        (Image.fromarray(np.full((2, 2), np.nan, np.float32)), "NaN pixels"),
+        (np.zeros((4, 4, 3)), r"array \[4, 4, 3\] float64; an image is"),
+        (np.zeros((3, 40, 60), np.uint8), r"array \[3, 40, 60\] uint8; an image is"),
+    ],
+)
+def test_pixels_that_are_none(value, words):
+    with pytest.raises(MediaError, match=f"t:5: .*{words}"):
+        media.decode_image(value, where="t:5")
+
+
 def test_audio_and_video_stay_encoded(tmp_path):
     (tmp_path / "v.mp4").write_bytes(b"xx")
     parts = [Part("audio", index=0), Part("video", index=1), Part("audio", index=2)]

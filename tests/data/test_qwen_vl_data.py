@@ -151,6 +151,13 @@ def test_bad_videos_name_the_row(tmp_path):
         video_info(b"none", where="t:5")
     with pytest.raises(MediaError, match="t:6: video file 'no.mp4' is not at"):
         video_info("no.mp4", root=str(tmp_path), where="t:6")
+    with pytest.raises(MediaError, match="t:6: expected a video, found an Image"):
+        video_info(Image.new("RGB", (8, 8)), where="t:6")
+    for shape in ((0, 8, 8, 3), (3, 8, 0, 3)):
+        with pytest.raises(MediaError, match="t:6: decoded video frames must be"):
+            video_info(
+                Media("video", array=np.zeros(shape, np.uint8), sampling_rate=2), where="t:6"
+            )
     with pytest.raises(MediaError, match="t:7: the video ends before frame 9"):
         read_frames(film(), [0, 9], where="t:7")
 

@@ -122,4 +122,7 @@ def test_tiles_are_skipped_exactly_where_nothing_is_visible():
     want = dense.reshape(3, 4, 64, 8, 32).any((2, 4))
     got = np.asarray(tile.touched(jnp.asarray(iv), 64, 256, 32))
     np.testing.assert_array_equal(got, want)
+    whole = np.asarray(tile.covered(jnp.asarray(iv), 64, 256, 32))
+    np.testing.assert_array_equal(whole, dense.reshape(3, 4, 64, 8, 32).all((2, 4)))
+    assert whole[0].sum() == 12
     assert got[0].sum() == 20 and got[1].sum() == 8 and not got[2].any()

@@ -59,7 +59,8 @@ def test_reports_of_a_tpu_kernel_are_read_and_removed(tmp_path):
     assert found == static.Facts(
         "attention_forward", 3.0, 2, bundles=3, bodies=(static.Body(1, 1),)
     )
-    assert not found.keeps_budget() and found._replace(bundles=4).keeps_budget()
+    assert found.keeps_budget() and not found._replace(spills=3).keeps_budget()
+    assert not found._replace(kernel="linear_logprob_forward").keeps_budget()
     assert "2 spill stores in 3 bundles" in str(found) and not list(tmp_path.iterdir())
 
 
