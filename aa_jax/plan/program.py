@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from aa_jax import models, recipes
 from aa_jax.data.collate import Shapes, collate
+from aa_jax.data.features import FEATURES
 from aa_jax.errors import ConfigError
 from aa_jax.models import Model, adapt, heads
 from aa_jax.plan.presets import model_config, with_layers
@@ -134,6 +135,8 @@ def _supervised(
     response = layout.response or length // 4
     rows = rows or train.get("batch_rows", 8)
     batch = abstract_batch(model, row.layout, rows, length, response, layout)
+    if train.get("tower_cache"):
+        batch["media"] = _features(model, batch["media"])
     sequences = batch["sequence_mask"].shape
     if row.reference(options):
         batch["ref_logps"] = jax.ShapeDtypeStruct(sequences, jnp.float32)
@@ -146,6 +149,15 @@ def _supervised(
         config, model, mesh, objective, params, axes, frozen,
         accumulation or train.get("accumulation", 1), batch, {},
     )  # fmt: skip
+
+
+def _features(model: Model, media: Mapping[str, Any]) -> dict[str, Any]:
+    """What a batch holds in the place of media when a frozen tower ran before (`towers`)."""
+    lengths = {name: x for name, x in media.items() if name == "feature_lengths"}
+    return {
+        FEATURES: jax.eval_shape(model.tower_features, model.abstract(), dict(media)),
+        **lengths,
+    }
 
 
 def _on_policy(

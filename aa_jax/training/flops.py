@@ -4,6 +4,7 @@ The compiler's own count takes a loop's body once, so with scanned layers it is 
 """
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,9 @@ def matmul_flops(jaxpr: Any) -> int:
     """Multiplications and additions of all matrix products and convolutions, on all devices.
 
     What a remat policy recomputes is counted as often as it runs; what no result depends on is not
-    counted, as the compiler drops it. A loop without a fixed number of rounds counts once, of
-    alternatives the dearest; what a custom kernel does inside is not seen.
+    counted, as the compiler drops it. Of loops without a fixed number of rounds those that state
+    their most (a scope "at_most_N", as attention in tiles has it) count so often, others once; of
+    alternatives the dearest counts; what a custom kernel does inside is not seen.
 
     Args:
       jaxpr: a (closed) jaxpr.
@@ -58,6 +60,13 @@ def _equation(equation: Any, wanted: Sequence[bool]) -> tuple[int, list[bool]]:
     if name == "cond":
         found = [_count(branch, wanted)[0] for branch in params["branches"]]
         return max(found), everything
+    if name == "while":
+        body = params["body_jaxpr"]
+        carry = len(equation.invars) - params["cond_nconsts"] - params["body_nconsts"]
+        return _rounds(equation) * _count(body, [True] * carry)[0], everything
+    if name == "shard_map":  # its shapes are those of one device
+        flops, reads = _count(params["jaxpr"], wanted)
+        return flops * math.prod(params["mesh"].shape.values()), reads
     total = 0
     for inner in _inner(params):
         jaxpr = getattr(inner, "jaxpr", inner)
@@ -66,6 +75,11 @@ def _equation(equation: Any, wanted: Sequence[bool]) -> tuple[int, list[bool]]:
             return _count(jaxpr, wanted)
         total += _count(jaxpr, [True] * len(jaxpr.outvars))[0]
     return total, everything
+
+
+def _rounds(equation: Any) -> int:
+    stated = re.findall(r"at_most_(\d+)", str(equation.source_info.name_stack))
+    return int(stated[-1]) if stated else 1
 
 
 def _scan(params: Any, wanted: Sequence[bool]) -> tuple[int, list[bool]]:

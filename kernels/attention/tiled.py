@@ -219,7 +219,14 @@ class _Cut:
             return _at(following, number + 1), step(carry, i, row * self.down + j, seen)
 
         start = _at(following, 0), carry
-        return jax.lax.while_loop(lambda state: state[0] < steps, body, start)[1]
+        with jax.named_scope(at_most(steps)):
+            return jax.lax.while_loop(lambda state: state[0] < steps, body, start)[1]
+
+
+def at_most(rounds: int) -> str:
+    """The name of a scope around a loop whose number of rounds is found at run time: whoever counts
+    arithmetic (`aa_jax.training.flops`) takes this many."""
+    return f"at_most_{rounds}"
 
 
 def _next(live: Bool[Array, "L"]) -> Int[Array, "L+1"]:

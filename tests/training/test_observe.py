@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from aa_jax.errors import ConfigError
+from aa_jax.kernels.attention import tiled, xla
 from aa_jax.losses.base import Ratio
 from aa_jax.platforms.chips import CHIPS, find_chip
 from aa_jax.sharding import make_mesh
@@ -131,6 +132,24 @@ def test_flops_of_loops_and_recomputation():
     image, kernel = jnp.ones((1, 3, 8, 8)), jnp.ones((4, 3, 2, 2))
     convolve = lambda k, x: jax.lax.conv(x, k, (1, 1), "VALID")  # noqa: E731
     assert matmul_flops(jax.make_jaxpr(convolve)(kernel, image)) == 2 * 4 * 7 * 7 * 3 * 4
+
+
+def test_flops_of_tiles_and_of_what_devices_do_by_themselves():
+    """A mask counts as if all was visible; over a mesh all devices together do the same."""
+    B, T, H, D = 8, 64, 4, 16
+    x = jnp.ones((B, T, H, D))
+    steps = jnp.arange(T, dtype=jnp.int32)
+    causal = jnp.stack([0 * steps, 0 * steps, 0 * steps, steps + 1], -1)[None]
+
+    def attend(q):
+        return jnp.sum(xla.attention(q, x, x, causal, 0.25, tiles=tiled.Tiles(16, 32)))
+
+    product = 2 * B * H * T * T * D
+    assert matmul_flops(jax.make_jaxpr(attend)(x)) == 2 * product
+    with jax.set_mesh(make_mesh(fsdp=4, tensor=2)):
+        assert matmul_flops(jax.make_jaxpr(attend)(x)) == 2 * product
+        # Forward again is two, and five backward.
+        assert matmul_flops(jax.make_jaxpr(jax.grad(attend))(x)) == 7 * product
 
 
 def test_the_observer_reads_shapes_alone():
