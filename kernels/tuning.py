@@ -39,10 +39,13 @@ DEFAULT: dict[str, tuple[int, ...]] = {
 
 TABLE: dict[Key, tuple[int, ...]] = {
     Key("TPU v5 lite", "attention", "bfloat16", "heads of 128"): (512, 512),
+    Key("TPU v5 lite", "attention", "bfloat16", "heads of 256"): (512, 256),
     Key("TPU v5 lite", "linear_logprob_forward", "bfloat16", "any"): (512, 2048, 256),
     Key("TPU v5 lite", "linear_logprob_dlogits", "bfloat16", "any"): (512, 2048, 256),
     Key("TPU v5", "attention", "bfloat16", "heads of 128"): (512, 512),
     Key("TPU v5", "attention", "bfloat16", "heads of 256"): (512, 512),
+    Key("TPU v5", "linear_logprob_forward", "bfloat16", "any"): (512, 2048, 256),
+    Key("TPU v5", "linear_logprob_dlogits", "bfloat16", "any"): (512, 2048, 256),
     Key("TPU v6 lite", "attention", "bfloat16", "heads of 128"): (1024, 512),
     Key("TPU v6 lite", "attention", "bfloat16", "heads of 256"): (1024, 512),
     Key("TPU v6 lite", "linear_logprob_forward", "bfloat16", "any"): (1024, 2048, 256),
