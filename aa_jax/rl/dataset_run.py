@@ -40,6 +40,7 @@ def run(
     allowed_functions: Sequence[str] = (),
     frozen: Sequence[str] = (),
     accumulation: int = 1,
+    offload: bool = False,
     checkpoint_every: int | None = None,
     lora: Mapping[str, Any] | None = None,
     mesh: Mapping[str, Any] | None = None,
@@ -77,6 +78,7 @@ def run(
       allowed_functions: Python functions the reward may import, "package.module:name".
       frozen: path globs of parameters that do not train, in policy and critic.
       accumulation: micro-batches an update is computed in.
+      offload: keep the optimizer state in the host's memory.
       checkpoint_every: updates between checkpoints.
       lora: keyword arguments of `aa_jax.models.adapt.attach`, for policy and critic; a critic
         without a path of its own shares the policy's base.
@@ -130,7 +132,8 @@ def run(
             cost=price, limit=limit, alarms=alarms or {}, ptx_coef=ptx_coef,
             ptx=load_dataset("supervised", processor, **ptx) if ptx else None,
             estimator=estimator, reference_key=reference, frozen=frozen,
-            accumulation=accumulation, seed=seed, checkpoint_every=checkpoint_every,
+            accumulation=accumulation, offload=offload, seed=seed,
+            checkpoint_every=checkpoint_every,
         )  # fmt: skip
     finally:
         close(judge)

@@ -104,6 +104,7 @@ def train(
       reference_key: where a prompt's meta holds the truth a reward judges by.
       frozen: path globs of parameters that do not train, in policy and critic.
       accumulation: micro-batches an update is computed in.
+      offload: keep the optimizer state in the host's memory and fetch it for every update.
       seed: of prompts, samples and minibatches.
       stage: name of this training in the run directory.
       limits: keyword arguments of `Limits`.
