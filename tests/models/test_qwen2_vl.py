@@ -298,7 +298,6 @@ def test_published_7b_configs(generation, parameters, world):
             dict(text=dict(rope_parameters={"rope_type": "default", "mrope_section": [2, 2, 2]})),
             r"mrope_section \[2, 2, 2\], which must add up to half the head size, 4",
         ),
-        (dict(text=dict(use_sliding_window=True, max_window_layers=0)), "use_sliding_window is"),
         (dict(hidden_size=64), "hidden_size is 64, but text_config.hidden_size is 32"),
     ],
 )
