@@ -16,10 +16,9 @@ KIB = 1024
 VMEM_KIB = 16 * KIB
 """What a TPU kernel may hold in vector memory: the scoped limit of the smallest chip's compiler."""
 
-SPILL_SHARE = {"linear_logprob": 0.05, "attention": 0.75}
+SPILL_SHARE = {"linear_logprob": 0.05, "attention": 0.2}
 """Most spill stores per bundle of a TPU kernel, by how its name begins; stores are one slot of
-several in a bundle. A tile of attention's scores is larger than the registers, so it lives in
-vector memory under this name; what is left of a log-prob's tile fits them."""
+several in a bundle. Attention's largest tiles, of v6e, come to 0.16."""
 
 SMEM_KIB = 227
 """Shared memory of a thread block on Hopper."""
@@ -32,11 +31,12 @@ class Body(NamedTuple):
     """A stretch of a TPU kernel that multiplies matrices: what a grid step runs, or one way of it.
 
     Attributes:
-      bundles: instruction bundles.
+      cycles: of its schedule, one per instruction bundle and the waits between them, for results of
+        the matrix units above all; waits for memory are not known to the compiler.
       spills: spill stores among them.
     """
 
-    bundles: int
+    cycles: int
     spills: int
 
 
@@ -68,7 +68,7 @@ class Facts(NamedTuple):
         return (
             f"{self.kernel}: {self.kib / KIB:.1f} of {VMEM_KIB // KIB} MiB VMEM, {self.spills} "
             f"spill stores in {self.bundles} bundles"
-            + "".join(f", {b.spills} in {b.bundles} of a matmul body" for b in self.bodies)
+            + "".join(f", {b.spills} in {b.cycles} cycles of a matmul body" for b in self.bodies)
         )
 
     def keeps_budget(self) -> bool:
@@ -104,7 +104,8 @@ def take(folder: Path, platform: str) -> list[Facts]:
 
 
 _TPU_KERNEL = re.compile(
-    r"\d+-\w*?((?:attention|linear_logprob)_(?:forward|dq|dkv|dlogits))_*(?:\.\d+)*-\d+-final_hlo"
+    r"\d+-\w*?((?:attention|linear_logprob)_(?:forward|dq|dkv|dlogits)|splash_mha_(?:fwd|dq|dkv))"
+    r"(?:_segmented)?(?:_residuals|_no_residuals)?_*(?:\.\d+)*-\d+-final_hlo"
 )
 _ALLOCATION = re.compile(r"^ *(#\w+) \[.*space=vmem, size = (0x[0-9a-f]+)", re.MULTILINE)
 
@@ -113,15 +114,23 @@ def _tpu(folder: Path) -> Iterator[Facts]:
     for path in folder.glob("*final_hlo-static-per-bundle-utilization.txt"):
         if not (name := _TPU_KERNEL.match(path.name)):
             continue  # of XLA's own operations
-        head, _, body = path.read_text().partition("== UTILIZATION:")
-        slots = [x.strip() for x in head.strip().splitlines()[1].split(",")]
-        bundles = [line.split() for line in body.strip().splitlines()]
+        slots, bundles = _use(path)
         spills = sum(int(line[slots.index("VSTORE:SPILL")]) for line in bundles)
         prefix = re.match(r"(.*?)-\d+-final_hlo", path.name)[1]
-        bodies = _bodies(next(folder.glob(f"{prefix}-??-final_bundles.txt")), slots, bundles)
+        # At the end empty bundles become waits of others; before, they still can be counted.
+        (scheduled,) = folder.glob(f"{prefix}-??-packed-bundles-post-ra.txt")
+        (waiting,) = folder.glob(f"{prefix}-??-pre-delay_hlo-static-per-bundle-utilization.txt")
+        bodies = _bodies(scheduled, *_use(waiting))
         (report,) = folder.glob(f"{prefix}-??-post-ra.txt")
         vmem = sum(int(size, 16) for size in dict(_ALLOCATION.findall(report.read_text())).values())
         yield Facts(name[1], vmem / KIB, spills, bundles=len(bundles), bodies=bodies)
+
+
+def _use(path: Path) -> tuple[list[str], list[list[str]]]:
+    """(names of the slots, how many of each every bundle uses)."""
+    head, _, body = path.read_text().partition("== UTILIZATION:")
+    slots = [x.strip() for x in head.strip().splitlines()[1].split(",")]
+    return slots, [line.split() for line in body.strip().splitlines()]
 
 
 _BUNDLE = re.compile(r" *(0x[0-9a-f]+|0)\s+(?:[A-Z]{2} *)?: ")

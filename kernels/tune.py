@@ -9,10 +9,10 @@ Nothing runs and nothing is timed. A candidate is dropped if
 - its matrix products do fewer operations per byte fetched than the chip needs to be busy
   (`Chip.peak` over `Chip.bandwidth`): no schedule could help it.
 
-The rest are ranked by ``busy``: cycles the matrix units need for a tile over the bundles scheduled
+The rest are ranked by ``busy``: cycles the matrix units need for a tile over the cycles scheduled
 for it (a grid step of log-probs; a step of attention that compares no masks, summed over the three
 kernels), at most 1. Among those nearly as busy as the best, `rank` looks at the size of a tile and
-at spill stores per bundle of these bodies. Bundles are static: waiting for memory is not in them.
+at spill stores per cycle of these bodies. A schedule is static: waiting for memory is not in it.
 The table of `aa_jax.kernels.tuning` holds the first of each list.
 """
 
@@ -55,8 +55,8 @@ class Outcome(NamedTuple):
     Attributes:
       sizes: the candidate.
       refused: why it was dropped, or None.
-      busy: share of the scheduled bundles in which the matrix units could work, at most 1.
-      spills: spill stores per bundle of the matmul bodies.
+      busy: share of the scheduled cycles in which the matrix units could work, at most 1.
+      spills: spill stores per cycle of the matmul bodies.
       facts: of its kernels.
     """
 
@@ -170,8 +170,8 @@ def weigh(
         ideal = sizes[0] * sizes[1] * sizes[2]
     # The last body of a kernel of attention is the one without a mask.
     bodies = [f.bodies[-1] for f in facts]
-    bundles, spills = sum(b.bundles for b in bodies), sum(b.spills for b in bodies)
-    return Outcome(sizes, None, min(ideal / cells / bundles, 1.0), spills / bundles, facts)
+    cycles, spills = sum(b.cycles for b in bodies), sum(b.spills for b in bodies)
+    return Outcome(sizes, None, min(ideal / cells / cycles, 1.0), spills / cycles, facts)
 
 
 def rank(operator: str, outcomes: list[Outcome]) -> list[Outcome]:
@@ -263,7 +263,7 @@ def describe(outcome: Outcome) -> str:
         return f"{start}: dropped, {outcome.refused}"
     memory = max(f.kib for f in outcome.facts) / 1024
     return (
-        f"{start}: busy {outcome.busy:.2f}, {outcome.spills:.3f} spill stores per bundle, "
+        f"{start}: busy {outcome.busy:.2f}, {outcome.spills:.3f} spill stores per cycle, "
         f"{memory:.1f} MiB of vector memory"
     )
 

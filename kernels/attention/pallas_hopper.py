@@ -49,6 +49,7 @@ def attention(
     interpret=None,
 ) -> Float[Array, "B T H D"]:
     """See `aa_jax.kernels.attention.api.attention`; ``interpret`` as in ``plgpu.kernel``."""
+    q, scale = tile.positive(q, scale)
     queries, keys = q.shape[1], k.shape[1]
     if intervals is None:
         intervals = jnp.tile(jnp.array([0, 0, 0, keys], jnp.int32), (1, queries, 1))
@@ -80,7 +81,7 @@ def _bwd(scale, sizes, interpret, residuals, dout):
     q, k, v, intervals, out, lse = residuals
     dout = jnp.where(nonempty(intervals)[:, :, None, None], dout, 0)
     delta = jnp.einsum("bthd,bthd->bht", dout.astype(jnp.float32), out.astype(jnp.float32))
-    inputs = q, k, v, dout, lse, delta, intervals, scale, sizes, interpret
+    inputs = q, k, v, dout, lse * tile.LOG2E, delta, intervals, scale, sizes, interpret
     return _dq(*inputs), *_dkv(*inputs), None
 
 
@@ -235,10 +236,10 @@ def _forward(q, k, v, intervals, scale, sizes, interpret):
         def step(index, keys, values, keys_done, values_done, carry):
             acc, top, total, bounds = carry
             first = at.order[index[0]] * plan.width
-            scores = _dot(plan, q_buffer.at[at.warpgroup], hopper.transposed(keys), shape) * scale
+            scores = _dot(plan, q_buffer.at[at.warpgroup], hopper.transposed(keys), shape)
             plgpu.barrier_arrive(keys_done)
             seen = _seen(bounds, first, shape, 1)
-            top, total, factor, weights = tile.softmax_step(top, total, scores, seen, 1)
+            top, total, factor, weights = tile.softmax_step(top, total, scores, seen, scale)
             acc = _dot(
                 plan, weights.astype(q.dtype), values, acc * tile.spread(factor, acc.shape, 0)
             )
@@ -249,10 +250,10 @@ def _forward(q, k, v, intervals, scale, sizes, interpret):
             queries, loads = q_buffer.at[at.warpgroup], loaded.at[at.warpgroup]
             plgpu.copy_gmem_to_smem(q.at[here], queries, loads)
             plgpu.barrier_wait(loads)
-            low, zero = (hopper.full((_ROWS,), x, hopper.PER_ROW) for x in (tile.HIDDEN, 0.0))
+            low, zero = (hopper.full((_ROWS,), x, hopper.PER_ROW) for x in (tile.LOWEST, 0.0))
             limits = _bounds(bounds, at)
             acc, top, total, _ = run((_zeros(plan), low, zero, limits))
-            norm, log_sum = tile.softmax_end(top, total)
+            norm, log_sum = tile.softmax_end(top, total, scale)
             queries[...] = (acc * tile.spread(norm, acc.shape, 0)).astype(out.dtype)
             lse_buffer[at.warpgroup] = log_sum
             _store([
@@ -285,9 +286,9 @@ def _dq(q, k, v, dout, lse, delta, intervals, scale, sizes, interpret):
         def step(index, keys, values, keys_done, values_done, carry):
             acc, sums, deltas, bounds = carry
             first = at.order[index[0]] * plan.width
-            scores = _dot(plan, q_buffer.at[at.warpgroup], hopper.transposed(keys), shape) * scale
+            scores = _dot(plan, q_buffer.at[at.warpgroup], hopper.transposed(keys), shape)
             seen = _seen(bounds, first, shape, 1)
-            weights = tile.weights_again(scores, tile.spread(sums, shape, 0), seen)
+            weights = tile.weights_again(scores, tile.spread(sums, shape, 0), seen, scale)
             dweights = _dot(plan, dout_buffer.at[at.warpgroup], hopper.transposed(values), shape)
             plgpu.barrier_arrive(values_done)
             dscores = weights * (dweights - tile.spread(deltas, shape, 0)) * scale
@@ -328,12 +329,12 @@ def _dkv(q, k, v, dout, lse, delta, intervals, scale, sizes, interpret):
         def step(_, q, dout, lse, delta, limits, q_done, dout_done, lse_done, delta_done,
                  limits_done, carry):  # fmt: skip
             dk, dv = carry
-            scores = _dot(plan, k_buffer.at[at.warpgroup], hopper.transposed(q), shape) * scale
+            scores = _dot(plan, k_buffer.at[at.warpgroup], hopper.transposed(q), shape)
             # Read late: one value per column takes as many registers as a quarter of the scores.
             bounds = (hopper.load(limits.at[n], hopper.PER_COLUMN) for n in range(4))
             seen = _seen(bounds, at.first, shape, 0)
             sums = tile.spread(hopper.load(lse, hopper.PER_COLUMN), shape, 1)
-            weights = tile.weights_again(scores, sums, seen)
+            weights = tile.weights_again(scores, sums, seen, scale)
             dv = _dot(plan, weights.astype(q.dtype), dout, dv)
             dweights = _dot(plan, v_buffer.at[at.warpgroup], hopper.transposed(dout), shape)
             plgpu.barrier_arrive(dout_done)

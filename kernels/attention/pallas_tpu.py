@@ -5,6 +5,12 @@ tile), the gradient of the queries likewise, and the gradient of keys and values
 query head of the group and query tile), so that nothing is accumulated in memory. A table of the
 tiles in which anything is visible is computed beforehand; the others fetch and compute nothing,
 and those in which everything is visible compare nothing.
+
+A tile is computed in two halves, which overlap: matrix units work on one while vector units are
+busy with the other. Scores are written to vector memory between two uses: registers that hold them
+until the maximum of a row is known are registers the compiler has to spill. Queries lie down the
+rows, so that no product needs a transpose, and what belongs to a query is held in every lane of its
+row; in the last kernel it is keys that lie down the rows.
 """
 
 import functools
@@ -22,6 +28,8 @@ from aa_jax.kernels import tuning
 from aa_jax.kernels.attention import tile
 from aa_jax.kernels.attention.intervals import nonempty
 from aa_jax.kernels.attention.intervals import visible as dense
+
+_LANES = 128  # width of a vector register
 
 
 class Sizes(NamedTuple):
@@ -44,6 +52,7 @@ def attention(
 
     ``sizes`` None: those of `aa_jax.kernels.tuning`.
     """
+    q, scale = tile.positive(q, scale)
     queries, keys = q.shape[1], k.shape[1]
     sizes = sizes or Sizes(*tuning.sizes("attention", q.dtype, q.shape[3]))
     tiles = Sizes(_fit(sizes.queries, queries), _fit(sizes.keys, keys))
@@ -82,7 +91,7 @@ def _fwd(q, k, v, intervals, scale, tiles, interpret):
         "attention_forward",
         inputs=[(q, "q"), (k, "k"), (v, "k"), (plan.intervals, "i")],
         outputs=[(q, "q"), (plan.row, "r")],
-        scratch=[(1, tiles.queries), (1, tiles.queries), (q.shape[3], tiles.queries)],
+        scratch=[plan.bounds(), *[plan.column()] * 2, plan.matrix(), plan.scores()],
         interpret=interpret,
     )
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
@@ -94,6 +103,7 @@ def _bwd(scale, tiles, interpret, residuals, dout):
     plan = _Plan(q, k, intervals, tiles)
     dout = jnp.where(nonempty(intervals)[:, None, :, None], dout, 0)
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)[:, :, None]
+    lse = lse * tile.LOG2E
     inputs = [
         (q, "q"), (k, "k"), (v, "k"), (dout, "q"), (lse, "r"), (delta, "r"), (plan.intervals, "i"),
     ]  # fmt: skip
@@ -102,7 +112,7 @@ def _bwd(scale, tiles, interpret, residuals, dout):
         "attention_dq",
         inputs=inputs,
         outputs=[(q, "q")],
-        scratch=[(tiles.queries, q.shape[3])],
+        scratch=[plan.bounds(), *[plan.column()] * 2, plan.matrix(), *[plan.scores()] * 2],
         interpret=interpret,
     )
     dk, dv = plan.call(
@@ -110,7 +120,7 @@ def _bwd(scale, tiles, interpret, residuals, dout):
         "attention_dkv",
         inputs=inputs,
         outputs=[(k, "k"), (v, "k")],
-        scratch=[(tiles.keys, k.shape[3])] * 2,
+        scratch=[plan.matrix(by_keys=True)] * 2 + [plan.scores(by_keys=True)] * 2,
         interpret=interpret,
         by_keys=True,
     )
@@ -141,6 +151,23 @@ class _Plan:
             transcendentals=self.rows * heads * queries * keys,
             bytes_accessed=2 * (q.nbytes + 2 * k.nbytes),
         )
+
+    def column(self):
+        """Memory for a number per query of a tile, in every lane of its row."""
+        return pltpu.VMEM((self.tiles.queries, _LANES), jnp.float32)
+
+    def bounds(self):
+        """The same for the limits of the intervals."""
+        return pltpu.VMEM((4, self.tiles.queries, _LANES), jnp.int32)
+
+    def matrix(self, by_keys=False):
+        """Memory for what is summed up for a tile of queries, or of keys."""
+        return pltpu.VMEM((self.tiles[by_keys], self.depth), jnp.float32)
+
+    def scores(self, by_keys=False):
+        """Memory for the scores of a tile."""
+        shape = self.tiles[::-1] if by_keys else self.tiles
+        return pltpu.VMEM(tuple(shape), jnp.float32)
 
     def call(self, kernel, name, *, inputs, outputs, scratch, interpret, by_keys=False):
         """Runs a kernel over the tiles, keys inside or (``by_keys``) queries inside."""
@@ -191,7 +218,7 @@ class _Plan:
                 grid=(self.rows, self.kv_heads if by_keys else self.heads, outer, inner),
                 in_specs=[where(kind) for _, kind in inputs],
                 out_specs=[where(kind) for _, kind in outputs],
-                scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+                scratch_shapes=scratch,
             ),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
@@ -219,85 +246,137 @@ def _dot(a, b, contract):
     )
 
 
-def _either_way(way, intervals, first_key, keys, step):
-    """``step(mask [S, T])``, or ``step(None)`` where everything is visible."""
+def _either_way(way, seen, step):
+    """``step(seen)``, or ``step(None)`` where everything is visible."""
 
     @pl.when(way == 1)
     def _():
-        step(tile.visible(intervals[0], first_key, keys))
+        step(seen)
 
     @pl.when(way == 2)
     def _():
         step(None)
 
 
+def _hide(scores, seen, at):
+    return scores if seen is None else jnp.where(seen(at), scores, tile.HIDDEN)
+
+
+def _halves(rows):
+    half = -(-rows // 256) * 128
+    return [slice(0, half), slice(half, rows)] if half < rows else [slice(0, rows)]
+
+
+def _columns(row):
+    """[1, T] -> [T, 128], in every lane the same."""
+    return jnp.broadcast_to(row, (_LANES, row.shape[1])).T
+
+
+def _across(column, width):
+    """The values of `_columns` in ``width`` lanes."""
+    return jnp.tile(column, (1, -(-width // _LANES)))[:, :width]
+
+
+def _seen_by(bounds, first_key, keys):
+    """Mask of a strip of queries, from the columns of their intervals."""
+
+    def seen(at):
+        limits = [_across(bounds[n, at, :], keys) for n in range(4)]
+        s = jax.lax.broadcasted_iota(jnp.int32, limits[0].shape, 1) + first_key
+        return tile.within(s, *limits)
+
+    return seen
+
+
 def _forward_kernel(
-    way, first, last, first_key, q, k, v, intervals, out, lse, top, total, acc, *, scale
-):
+    way, first, last, first_key, q, k, v, intervals, out, lse,
+    bounds, top, total, acc, scores, *, scale,
+):  # fmt: skip
+    keys, depth = k.shape[2:]
+
     @pl.when(first)
     def _():
-        top[...] = jnp.full_like(top, tile.HIDDEN)
+        for n in range(4):
+            bounds[n] = _columns(intervals[0, n : n + 1])
+        top[...] = jnp.full_like(top, tile.LOWEST)
         total[...] = jnp.zeros_like(total)
         acc[...] = jnp.zeros_like(acc)
 
     def step(seen):
-        keys, values = k[0, 0], v[0, 0]
-        scores = _dot(keys, q[0, 0], (1, 1)) * scale  # [S, T]
-        new, sums, factor, weights = tile.softmax_step(top[...], total[...], scores, seen)
-        acc[...] = acc[...] * factor + _dot(values, weights.astype(values.dtype), (0, 0))
-        top[...], total[...] = new, sums
+        for at in _halves(q.shape[2]):
+            found = _hide(_dot(q[0, 0, at, :], k[0, 0], (1, 1)), seen, at)
+            scores[at, :] = found
+            new = jnp.maximum(top[at, :], found.max(1, keepdims=True))
+            factor = tile.power(top[at, :] - new, scale)
+            top[at, :] = new
+            weights = tile.power(scores[at, :] - _across(new, keys), scale)
+            sums = sum(weights[:, n : n + _LANES] for n in range(0, keys, _LANES))
+            total[at, :] = total[at, :] * factor + sums
+            more = _dot(weights.astype(v.dtype), v[0, 0], (1, 0))
+            acc[at, :] = acc[at, :] * _across(factor, depth) + more
 
-    _either_way(way, intervals, first_key, k.shape[2], step)
+    _either_way(way, _seen_by(bounds, first_key, keys), step)
 
     @pl.when(last)
     def _():
-        norm, log_sum = tile.softmax_end(top[...], total[...])
-        out[0, 0] = (acc[...] * norm).T.astype(out.dtype)
-        lse[0, 0] = log_sum
-
-
-def _gradient_of_scores(q, k, v, dout, lse, delta, seen, scale):
-    """-> (weights [S, T], gradient of the unscaled scores [S, T])."""
-    weights = tile.weights_again(_dot(k, q, (1, 1)) * scale, lse, seen)
-    return weights, weights * (_dot(v, dout, (1, 1)) - delta) * scale
+        sums = jnp.broadcast_to(total[...].sum(1, keepdims=True), total.shape)
+        norm, log_sum = tile.softmax_end(top[...], sums, scale)
+        out[0, 0] = (acc[...] * _across(norm, depth)).astype(out.dtype)
+        lse[0, 0] = log_sum.T[:1]
 
 
 def _dq_kernel(
-    way, first, last, first_key, q, k, v, dout, lse, delta, intervals, dq, acc, *, scale
-):
+    way, first, last, first_key, q, k, v, dout, lse, delta, intervals, dq,
+    bounds, sums, deltas, acc, scores, dscores, *, scale,
+):  # fmt: skip
+    keys = k.shape[2]
+
     @pl.when(first)
     def _():
+        for n in range(4):
+            bounds[n] = _columns(intervals[0, n : n + 1])
+        sums[...], deltas[...] = _columns(lse[0, 0]), _columns(delta[0, 0])
         acc[...] = jnp.zeros_like(acc)
 
     def step(seen):
-        blocks = q[0, 0], k[0, 0], v[0, 0], dout[0, 0], lse[0, 0], delta[0, 0]
-        _, dscores = _gradient_of_scores(*blocks, seen, scale)
-        acc[...] += _dot(dscores.astype(k.dtype), k[0, 0], (0, 0))
+        for at in _halves(q.shape[2]):
+            scores[at, :] = _hide(_dot(q[0, 0, at, :], k[0, 0], (1, 1)), seen, at)
+            dscores[at, :] = _dot(dout[0, 0, at, :], v[0, 0], (1, 1))
+            weights = tile.weights_again(scores[at, :], _across(sums[at, :], keys), None, scale)
+            got = weights * (dscores[at, :] - _across(deltas[at, :], keys))
+            acc[at, :] += _dot(got.astype(k.dtype), k[0, 0], (1, 0))
 
-    _either_way(way, intervals, first_key, k.shape[2], step)
+    _either_way(way, _seen_by(bounds, first_key, keys), step)
 
     @pl.when(last)
     def _():
-        dq[0, 0] = acc[...].astype(dq.dtype)
+        dq[0, 0] = (acc[...] * scale).astype(dq.dtype)
 
 
 def _dkv_kernel(
-    way, first, last, first_key, q, k, v, dout, lse, delta, intervals, dk, dv, dk_acc, dv_acc,
-    *, scale,
+    way, first, last, first_key, q, k, v, dout, lse, delta, intervals, dk, dv,
+    dk_acc, dv_acc, scores, dscores, *, scale,
 ):  # fmt: skip
     @pl.when(first)
     def _():
         dk_acc[...] = jnp.zeros_like(dk_acc)
         dv_acc[...] = jnp.zeros_like(dv_acc)
 
-    def step(seen):
-        blocks = q[0, 0], k[0, 0], v[0, 0], dout[0, 0], lse[0, 0], delta[0, 0]
-        weights, dscores = _gradient_of_scores(*blocks, seen, scale)
-        dk_acc[...] += _dot(dscores.astype(q.dtype), q[0, 0], (1, 0))
-        dv_acc[...] += _dot(weights.astype(q.dtype), dout[0, 0], (1, 0))
+    def seen(at):
+        return tile.visible(intervals[0], first_key + at.start, at.stop - at.start)
 
-    _either_way(way, intervals, first_key, k.shape[2], step)
+    def step(seen):
+        for at in _halves(k.shape[2]):
+            scores[at, :] = _hide(_dot(k[0, 0, at, :], q[0, 0], (1, 1)), seen, at)
+            dscores[at, :] = _dot(v[0, 0, at, :], dout[0, 0], (1, 1))
+            weights = tile.weights_again(scores[at, :], lse[0, 0], None, scale)
+            scores[at, :] = weights
+            dv_acc[at, :] += _dot(weights.astype(q.dtype), dout[0, 0], (1, 0))
+            got = scores[at, :] * (dscores[at, :] - delta[0, 0])
+            dk_acc[at, :] += _dot(got.astype(q.dtype), q[0, 0], (1, 0))
+
+    _either_way(way, seen, step)
 
     @pl.when(last)
     def _():
-        dk[0, 0], dv[0, 0] = dk_acc[...].astype(dk.dtype), dv_acc[...].astype(dv.dtype)
+        dk[0, 0], dv[0, 0] = (dk_acc[...] * scale).astype(dk.dtype), dv_acc[...].astype(dv.dtype)

@@ -1,8 +1,8 @@
-"""The mathematics of one tile of scores, in plain jnp, keys down and queries across.
+"""The mathematics of one tile of scores, in plain jnp.
 
-A tile is ``[S, T]``: with queries along the lanes everything that belongs to a query is a row
-``[1, T]``, which vector units broadcast for free and reductions over keys produce directly. GPU
-kernels also hold the transpose, keys along axis 1, and ``[T]`` for what belongs to a query.
+A tile is ``[T, S]``, queries down, or for the gradients of keys and values ``[S, T]``. What a
+query has is ``[T]`` in GPU kernels; on TPUs ``[T, 128]``, the same in every lane, or ``[1, T]``.
+Scores are the plain products: the scale comes with the exponential, and is positive.
 """
 
 import jax
@@ -11,6 +11,24 @@ from jaxtyping import Array, Bool, Float32, Int
 
 HIDDEN = -1e30
 """Score of a hidden key: finite, so that queries without keys stay free of NaN."""
+
+LOWEST = 0.5 * HIDDEN
+"""Where a maximum starts: so far above `HIDDEN` that hidden keys weigh exactly nothing, also for
+queries that see none."""
+
+LOG2E = 1.4426950408889634
+
+
+def positive(q: Array, scale: float) -> tuple[Array, float]:
+    """The same scores with a positive scale, so that the largest product is the largest score."""
+    if scale == 0:
+        return jnp.zeros_like(q), 1.0
+    return (q, scale) if scale > 0 else (-q, -scale)
+
+
+def power(scores: Array, scale: float) -> Array:
+    """``exp(scale * scores)``: powers of two, as chips compute them, take one product less."""
+    return jnp.exp2(scores * (scale * LOG2E))
 
 
 def visible(
@@ -61,43 +79,42 @@ def covered(
 
 
 def softmax_step(
-    top: Float32[Array, "*one T"],
-    total: Float32[Array, "*one T"],
-    scores: Float32[Array, "_ _"],
-    seen: Bool[Array, "_ _"] | None,
-    keys_axis: int = 0,
+    top: Float32[Array, "T"],
+    total: Float32[Array, "T"],
+    scores: Float32[Array, "T S"],
+    seen: Bool[Array, "T S"],
+    scale: float,
 ) -> tuple[Array, Array, Array, Array]:
-    """Online softmax (Milakov & Gimelshein, 2018) over one more tile.
+    """Online softmax (Milakov & Gimelshein, 2018) over one more tile of unscaled scores.
 
-    ``top`` and ``total`` are [1, T], or [T] and the tile [T, S] with ``keys_axis`` 1. ``seen`` is
-    None where everything is.
+    ``top`` starts at `LOWEST`; the TPU kernel takes the same steps between its own memory.
 
     Returns:
       (top, total, factor for what was accumulated so far, weights like the scores).
     """
-    keep = top.ndim == 2
-    if seen is not None:
-        scores = jnp.where(seen, scores, HIDDEN)
-    new = jnp.maximum(top, scores.max(keys_axis, keepdims=keep))
-    factor = jnp.exp(top - new)
-    shifted = scores - (new if keep else spread(new, scores.shape, 1 - keys_axis))
-    weights = jnp.exp(shifted)
-    if seen is not None:
-        weights = jnp.where(seen, weights, 0.0)
-    return new, total * factor + weights.sum(keys_axis, keepdims=keep), factor, weights
+    scores = jnp.where(seen, scores, HIDDEN)
+    new = jnp.maximum(top, scores.max(1))
+    factor = power(top - new, scale)
+    weights = power(scores - spread(new, scores.shape, 0), scale)
+    return new, total * factor + weights.sum(1), factor, weights
 
 
 def softmax_end(
-    top: Float32[Array, "*one T"], total: Float32[Array, "*one T"]
-) -> tuple[Float32[Array, "*one T"], Float32[Array, "*one T"]]:
+    top: Float32[Array, "..."], total: Float32[Array, "..."], scale: float
+) -> tuple[Float32[Array, "..."], Float32[Array, "..."]]:
     """-> (factor that normalizes the accumulated values, log-sum-exp); no keys: (1, 0)."""
     safe = jnp.where(total > 0, total, 1.0)
-    return 1.0 / safe, jnp.where(total > 0, top + jnp.log(safe), 0.0)
+    return 1.0 / safe, jnp.where(total > 0, scale * top + jnp.log(safe), 0.0)
 
 
 def weights_again(
-    scores: Float32[Array, "S T"], lse: Float32[Array, "_ T"], seen: Bool[Array, "S T"] | None
-) -> Float32[Array, "S T"]:
-    """The probabilities, from the log-sum-exp of the forward pass; ``seen`` None: everything."""
-    weights = jnp.exp(scores - lse)
+    scores: Float32[Array, "_ _"],
+    log2_sum: Float32[Array, "_ _"],
+    seen: Bool[Array, "_ _"] | None,
+    scale: float,
+) -> Float32[Array, "_ _"]:
+    """The probabilities of unscaled scores, from the log-sum-exp of the forward pass times `LOG2E`;
+    ``seen`` None: nothing is hidden, or is so already.
+    """
+    weights = jnp.exp2(scores * (scale * LOG2E) - log2_sum)
     return weights if seen is None else jnp.where(seen, weights, 0.0)

@@ -51,7 +51,7 @@ def oracle(q, k, v, mask, cotangent, scale):
     return [x.detach().numpy().transpose(0, 2, 1, 3) for x in (out, *(l.grad for l in leaves))]
 
 
-def run(mask, dtype=jnp.float32, depth=64, heads=2, kv_heads=1, rows=2, interpret=True):
+def run(mask, dtype=jnp.float32, depth=64, heads=2, kv_heads=1, rows=2, interpret=True, scale=0.2):
     rng = np.random.default_rng(0)
     shapes = [(T, heads), (S, kv_heads), (S, kv_heads), (T, heads)]
     q, k, v, dout = (
@@ -60,9 +60,9 @@ def run(mask, dtype=jnp.float32, depth=64, heads=2, kv_heads=1, rows=2, interpre
     iv = MASKS[mask]()
     iv = iv if iv is None else jnp.asarray(iv[:rows])
     seen = np.ones((rows, T, S), bool) if iv is None else np.asarray(visible(iv, S))
-    want = oracle(q, k, v, seen, dout, 0.2)
+    want = oracle(q, k, v, seen, dout, scale)
     fn = functools.partial(
-        pallas_tpu.attention, scale=0.2, sizes=pallas_tpu.Sizes(128, 128), interpret=interpret
+        pallas_tpu.attention, scale=scale, sizes=pallas_tpu.Sizes(128, 128), interpret=interpret
     )
 
     @jax.jit
@@ -83,8 +83,33 @@ def test_float64(mask):
     assert (np.asarray(got[1])[~seen.any(-1)] == 0).all()
 
 
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_a_scale_that_is_not_positive(scale):
+    """The kernels take the largest product for the largest score."""
+    both, arrays, want, _ = run("causal", rows=1, scale=scale)
+    for a, b in zip(both(*arrays), want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("depth", "heads", "kv_heads"), [(64, 4, 4), (128, 4, 2), (256, 2, 1)])
+@pytest.mark.parametrize("sizes", [(256, 128), (384, 256)])
+def test_tiles_of_two_halves(sizes):
+    """Two tiles each way, of one, two and three registers across."""
+    rng = np.random.default_rng(1)
+    q, k, v, dout = (jnp.asarray(rng.normal(size=(1, 500, 1, 64)), jnp.float32) for _ in range(4))
+    iv = jnp.asarray(causal_intervals(500))
+    want = oracle(q, k, v, visible(iv, 500), dout, 0.2)
+    sizes = pallas_tpu.Sizes(*sizes)
+    fn = functools.partial(pallas_tpu.attention, scale=0.2, sizes=sizes, interpret=True)
+    out, pull = jax.vjp(lambda *x: fn(*x, iv), q, k, v)
+    for a, b in zip((out, *pull(dout)), want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("depth", "heads", "kv_heads"), [(64, 4, 4), (128, 4, 2), (192, 2, 1), (256, 2, 1)]
+)
 def test_bfloat16_and_head_sizes(depth, heads, kv_heads):
     mask = "packed, padded, shared prefix"
     both, arrays, want, _ = run(mask, jnp.bfloat16, depth, heads, kv_heads)

@@ -49,16 +49,22 @@ def test_the_softmax_state_may_hold_one_value_per_token():
         np.testing.assert_allclose(a, b[:, 0], rtol=1e-6)
 
 
-def test_the_softmax_of_scores_is_the_same_with_keys_across():
-    scores, more, seen = draw(16, 8), draw(16, 8)[::-1], draw(16, 8) > 0
-    want = got = None
-    for x in (scores, more):
-        state = want or (jnp.full((1, 8), attention_tile.HIDDEN), jnp.zeros((1, 8)))
-        want = attention_tile.softmax_step(state[0], state[1], x, seen)
-        state = got or (jnp.full(8, attention_tile.HIDDEN), jnp.zeros(8))
-        got = attention_tile.softmax_step(state[0], state[1], x.T, seen.T, 1)
-    for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b.T.reshape(a.shape), rtol=1e-6)
+def test_the_softmax_of_scores_in_slices():
+    """Against float64 in one piece; query 3 sees nothing, query 5 nothing of the first slice."""
+    scores, seen = 5 * draw(8, 32), np.asarray(draw(8, 32)[::-1] > 0).copy()
+    seen[3], seen[5, :16] = False, False
+    top, total = jnp.full(8, attention_tile.LOWEST), jnp.zeros(8)
+    found = jnp.zeros((8, 32))
+    for at in (slice(16), slice(16, 32)):
+        one = scores[:, at], jnp.asarray(seen[:, at])
+        top, total, factor, weights = attention_tile.softmax_step(top, total, *one, 0.7)
+        found = (found * factor[:, None]).at[:, at].set(weights)
+    norm, log_sum = attention_tile.softmax_end(top, total, 0.7)
+    weights = np.where(seen, np.exp(0.7 * np.asarray(scores, np.float64)), 0)
+    sums = np.where(seen.any(1), weights.sum(1), 1)
+    np.testing.assert_allclose(found * norm[:, None], weights / sums[:, None], atol=1e-6)
+    np.testing.assert_allclose(log_sum, np.log(sums), rtol=1e-6)
+    assert (found[3] == 0).all() and norm[3] == 1
 
 
 def test_programs_hold_the_kernels():
