@@ -329,7 +329,7 @@ class Ours:
                 critic=(self.world.model, self.world.critic_params),
                 processor=self.world.processor, prompts=self.world.prompts,
                 reward=self.world.reward, workdir=self.folder / "run",
-                mesh=make_mesh(devices=jax.devices()[:1]),
+                mesh=make_mesh(),
                 rollout=dict(prompts=size.prompts, samples=1, epochs=size.epochs,
                              minibatches=size.minibatches, iterations=turns.iterations + 1),
                 sampling=dict(max_new_tokens=size.new_tokens, batch_rows=size.prompts),
@@ -457,10 +457,12 @@ def main() -> None:
     for field in dataclasses.fields(Size):
         parser.add_argument(f"--{field.name}", type=int)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--devices", type=int, default=1, help="CPU devices of our mesh")
     parser.add_argument("--out")
     flags = vars(parser.parse_args())
     given = {k: v for k, v in flags.items() if v is not None and k in Size.__annotations__}
     size = dataclasses.replace(SIZES[flags["size"]], **given)
+    jax.config.update("jax_num_cpu_devices", flags["devices"])
     platforms.start()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
