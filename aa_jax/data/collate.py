@@ -180,7 +180,7 @@ def collate(
     packed = max((len(group) for group in groups), default=1)
     if packed > 1 and layout not in ("supervised", "group"):
         raise DataError(
-            f"Packing several examples in a row is for 'supervised' and 'group', not {layout!r}."
+            f"Packing several examples in a row is for 'group' and 'supervised', not {layout!r}."
         )
     sequences = {"preference": 2, "group": shapes.sequences}.get(layout, 1)
     batch = _empty(size, sequences, shapes, pad_id, layout)

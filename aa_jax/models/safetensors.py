@@ -129,7 +129,7 @@ def _entry(file: Path, data: int, name: str, raw: Any) -> Entry:
     if any(type(number) is not int or number < 0 for number in (start, stop, *shape)):
         raise BadFile(f"has a damaged header (the entry of {name} is {raw!r})")
     if stop - start != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
-        raise BadFile(f"gives {stop - start} bytes to {name}, a {dtype} tensor of shape {shape}")
+        raise BadFile(f"gives {stop - start} bytes to a {dtype} tensor of shape {shape}, {name}")
     return Entry(file, dtype, shape, data + start)
 
 

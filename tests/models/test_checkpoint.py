@@ -203,10 +203,13 @@ def damage_offsets(folder):
 def damage_overlap(folder):
     file = folder / "model.safetensors"
     data = file.read_bytes()
-    at = data.index(b'"data_offsets":[768,')  # the second of two tensors of one size
-    end = data.index(b"]", at)
-    first = b'"data_offsets":[0,' + str(int(data[at + 20 : end]) - 768).encode()
-    file.write_bytes(data[:at] + first.ljust(end - at) + data[end:])
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    spans = sorted(entry["data_offsets"] for name, entry in header.items() if name[0] != "_")
+    begin, end = spans[1]
+    old, new = f"[{begin},{end}]", f"[{begin - 8},{end - 8}]"
+    text = data[8 : 8 + size].replace(old.encode(), new.ljust(len(old)).encode(), 1)
+    file.write_bytes(data[:8] + text + data[8 + size :])
     return "model.safetensors has a damaged header .*overlaps"
 
 
