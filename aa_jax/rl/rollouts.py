@@ -207,7 +207,13 @@ class Rollouts(Iterator[Batch]):
         if self._open_writer is not None:
             with self._open_writer() as writer:
                 writer.rewind(self._iteration - (state["buffer"] is None))
-        self._packer.set_state(state["rows"])
+        if "rows" in state:
+            self._packer.set_state(state["rows"])
+        elif state["buffer"] is not None:
+            raise DataError(
+                "the saved rollouts are of an earlier version, in the middle of an iteration, and "
+                "cannot be continued. Finish the run with that version, or begin in a new workdir."
+            )
         self._buffer, self._answered = None, []
         if state["buffer"] is not None:
             self._buffer = dict(state["buffer"])
