@@ -19,9 +19,11 @@ import numpy as np
 import torch
 import transformers
 from clock import cores, environment, measure, show, timed
+from jax.sharding import NamedSharding, PartitionSpec
 
 from aa_jax import models, platforms
 from aa_jax.models import caches
+from aa_jax.sharding import make_mesh, put_batch
 
 OURS, BARE, GENERATE = "aa_jax", "transformers, a bare loop", "transformers' generate"
 
@@ -89,7 +91,9 @@ class Ours:
             "tokens": prompts, "positions": steps, "intervals": intervals,
             "last_positions": np.full((rows, 1), length - 1, np.int32),
         }  # fmt: skip
-        self.params = params
+        mesh = make_mesh()  # rows over the devices, as in the samplers
+        self.batch = put_batch(self.batch, mesh)
+        self.params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
 
         @jax.jit
         def prefill(params, batch):
@@ -190,10 +194,12 @@ def main() -> None:
         parser.add_argument(f"--{field.name}", type=field.type)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--devices", type=int, default=1, help="CPU devices our rows lie on")
     parser.add_argument("--out")
     flags = vars(parser.parse_args())
     given = {k: v for k, v in flags.items() if v is not None and k in Size.__annotations__}
     size = dataclasses.replace(SIZES[flags["size"]], **given)
+    jax.config.update("jax_num_cpu_devices", flags["devices"])
     platforms.start()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

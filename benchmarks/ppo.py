@@ -208,19 +208,26 @@ class Theirs:
         padded = [[self.pad] * (self.width - len(r["input_ids"])) + r["input_ids"] for r in rows]
         return {"input_ids": torch.tensor(padded)}
 
-    def check(self, batch, logps: np.ndarray, loss: float, norm: float) -> dict[str, float]:
+    def check(self, batch, loss: float, norm: float) -> dict[str, float]:
         """Largest differences from ours, by TRL's forward pass and TRL's own statements."""
-        rows, slots = batch["targets"].reshape(len(batch["tokens"]), -1).shape
-        mask = batch["loss_mask"].reshape(rows, slots) > 0
-        answers = np.where(mask, batch["targets"].reshape(rows, slots), 0)
-        starts = batch["target_positions"].reshape(rows, slots)[:, 0] + 1
+        there = np.argwhere(batch["sequence_mask"] > 0)  # (row, sequence) of each response
+        rows, slots = len(there), batch["targets"].shape[-1]
+
+        def of(key):
+            return batch[key][*there.T]
+
+        mask = of("loss_mask") > 0
+        answers = np.where(mask, of("targets"), 0)
         texts = np.full((rows, self.width + slots), self.pad, np.int64)
-        for row, start in enumerate(starts):
-            texts[row, self.width - start : self.width] = batch["tokens"][row, :start]
+        for text, (row, _), last in zip(texts, there, of("target_positions")[:, 0], strict=True):
+            first = batch["intervals"][row, last, 2]  # of the prompt, which may share its row
+            text[self.width - (last + 1 - first) : self.width] = (
+                batch["tokens"][row, first : last + 1]
+            )  # fmt: skip
         texts[:, self.width :][mask] = answers[mask]
         model = self.trainer.model
         arrays = {
-            name: torch.tensor(batch[key].reshape(rows, slots))
+            name: torch.tensor(of(key))
             for name, key in [("mb_advantage", "advantages"), ("mb_return", "returns"),
                               ("mb_logprobs", "old_logps"), ("mb_values", "old_values")]
         }  # fmt: skip
@@ -241,7 +248,7 @@ class Theirs:
         model.zero_grad()
         theirs = space["new_logprobs"].detach().numpy()
         return {
-            "log-prob": float(np.abs(theirs - logps.reshape(rows, slots))[mask].max()),
+            "log-prob": float(np.abs(theirs - of("old_logps"))[mask].max()),
             "loss": abs(float(space["loss"].detach()) - loss) / abs(loss),
             "gradient norm": abs(math.sqrt(square) - norm) / norm,
         }
@@ -322,7 +329,7 @@ class Ours:
                 critic=(self.world.model, self.world.critic_params),
                 processor=self.world.processor, prompts=self.world.prompts,
                 reward=self.world.reward, workdir=self.folder / "run",
-                mesh=make_mesh(devices=jax.devices()[:1]),
+                mesh=make_mesh(),
                 rollout=dict(prompts=size.prompts, samples=1, epochs=size.epochs,
                              minibatches=size.minibatches, iterations=turns.iterations + 1),
                 sampling=dict(max_new_tokens=size.new_tokens, batch_rows=size.prompts),
@@ -382,7 +389,7 @@ def measure(size: Size, repetitions: int, folder: Path) -> dict:
         if done == 0:  # after our first iteration: TRL's models are still as they were loaded
             batch, metrics = ours.first
             loss, norm = ratio_of(metrics["loss"]), ratio_of(metrics["grad_norm"])
-            gaps.update(theirs.check(batch, batch["old_logps"], loss, norm))
+            gaps.update(theirs.check(batch, loss, norm))
             shown = ", ".join(f"{name} {gap:.1e}" for name, gap in gaps.items())
             print(f"largest differences from TRL: {shown}", flush=True)
             if max(gaps.values()) > 1e-3:
@@ -450,10 +457,12 @@ def main() -> None:
     for field in dataclasses.fields(Size):
         parser.add_argument(f"--{field.name}", type=int)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--devices", type=int, default=1, help="CPU devices of our mesh")
     parser.add_argument("--out")
     flags = vars(parser.parse_args())
     given = {k: v for k, v in flags.items() if v is not None and k in Size.__annotations__}
     size = dataclasses.replace(SIZES[flags["size"]], **given)
+    jax.config.update("jax_num_cpu_devices", flags["devices"])
     platforms.start()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -153,12 +153,13 @@ def collate(
     """Builds a batch.
 
     Args:
-      rows: one example per row; for ``supervised`` a row may also be a list of examples that share
-        it (packing). ``preference_rows`` makes two rows of each example.
+      rows: one example per row; for ``supervised`` and ``group`` a row may also be a list of
+        examples that share it (packing). ``preference_rows`` makes two rows of each example.
       shapes: static sizes.
       layout: ``supervised`` (one response), ``preference`` (chosen and rejected behind one prompt),
         ``preference_rows`` (chosen and rejected as consecutive rows), ``group`` (up to S responses
-        behind one prompt; absent ones have ``sequence_mask`` 0), ``prompt`` (for sampling).
+        behind one prompt, or behind those that share a row, one after the other; absent ones have
+        ``sequence_mask`` 0), ``prompt`` (for sampling).
       batch_rows: number of examples (packed rows) the batch is padded to; the rows added have
         ``sequence_mask`` 0.
       pad_id: id of padding tokens.
@@ -177,8 +178,10 @@ def collate(
         if len(groups) > size:
             raise DataError(f"{len(groups)} rows do not fit a batch of {size}.")
     packed = max((len(group) for group in groups), default=1)
-    if packed > 1 and layout != "supervised":
-        raise DataError(f"Packing several examples in a row is for 'supervised', not {layout!r}.")
+    if packed > 1 and layout not in ("supervised", "group"):
+        raise DataError(
+            f"Packing several examples in a row is for 'group' and 'supervised', not {layout!r}."
+        )
     sequences = {"preference": 2, "group": shapes.sequences}.get(layout, 1)
     batch = _empty(size, sequences, shapes, pad_id, layout)
     for b, group in enumerate(groups):
@@ -228,13 +231,13 @@ def _empty(rows: int, sequences: int, shapes: Shapes, pad_id: int, layout: str) 
 
 
 def _fill_row(batch: Batch, b: int, group: Sequence[Encoded], shapes: Shapes, layout: str) -> None:
-    start = slot = images = features = patches = 0
+    start = slot = first = images = features = patches = 0
     taken: dict[str, int] = {}
     for item in group:
         responses = [] if layout == "prompt" else list(item.responses)
         expected = {"prompt": 0, "preference": 2}.get(layout, 1)
         if layout == "group":
-            expected = min(max(len(responses), 1), shapes.sequences)
+            expected = min(max(len(responses), 1), shapes.sequences - first)
         if len(responses) != expected:
             raise DataError(
                 f"{item.where or 'An example'} has {len(responses)} responses; the layout "
@@ -268,10 +271,15 @@ def _fill_row(batch: Batch, b: int, group: Sequence[Encoded], shapes: Shapes, la
             index = np.where(seen, item.feature_index + features, -1)
             batch["feature_index"][b, start : start + prompt] = index
             features += int(seen.sum()) if item.features is None else item.features
-        slot = _write_responses(batch, b, start, slot, item, responses, shapes)
+        slot = _write_responses(batch, b, start, slot, first, item, responses, shapes)
         if layout == "prompt":
             batch["last_positions"][b, 0] = end - 1
-        batch["sequence_mask"][b, : len(responses) if layout == "group" else None] = 1.0
+        if layout == "group":
+            last = first + len(responses)
+            batch["sequence_mask"][b, first:last] = 1.0
+            first, slot = last, 0
+        else:
+            batch["sequence_mask"][b] = 1.0
         start = end
 
 
@@ -332,14 +340,16 @@ def _write_responses(
     b: int,
     start: int,
     slot: int,
+    first: int,
     item: Encoded,
     responses: Sequence[np.ndarray],
     shapes: Shapes,
 ) -> int:
-    """Writes the responses behind the prompt; returns the next free slot of a packed row."""
+    """Writes the responses behind the prompt, as sequences from ``first`` on; returns the next free
+    slot of a packed row."""
     prompt_end = start + len(item.prompt)
     at = prompt_end
-    for s, ids in enumerate(responses):
+    for s, ids in enumerate(responses, first):
         after = len(item.prompt) if item.next_position is None else item.next_position
         _write(batch, b, at, ids, after)
         intervals = _causal(at, len(ids))

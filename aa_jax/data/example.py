@@ -100,9 +100,26 @@ class Example:
         )
         object.__setattr__(self, "responses", responses)
 
+    @property
+    def shown(self) -> frozenset[int]:
+        """Which of the media a message or a response shows."""
+        turns = (*self.messages, *self.responses)
+        return frozenset(part.index for turn in turns for part in turn.media)
+
     def replace(self, **changes) -> Example:
-        """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
+        """A copy with some fields changed.
+
+        Media that only replaced messages or responses showed leave with them, as far as they stand
+        at the end; the others keep their numbers.
+        """
+        made = dataclasses.replace(self, **changes)
+        if "media" in changes or not changes.keys() & {"messages", "responses"}:
+            return made
+        unseen = self.shown - made.shown
+        kept = len(made.media)
+        while kept - 1 in unseen:
+            kept -= 1
+        return dataclasses.replace(made, media=made.media[:kept])
 
 
 class Row(dict):

@@ -53,7 +53,10 @@ def reference(value: Any, kind: str, where: str = "") -> Media | Image.Image:
         return Media(kind, array=value["array"], sampling_rate=_rate(value.get("sampling_rate")))
     if isinstance(value, Mapping):
         data, path = value.get("bytes"), value.get("path")
-        if data or path:
+        known = isinstance(data, (bytes, bytearray, memoryview, type(None)))
+        known = known and isinstance(path, (str, os.PathLike, type(None)))
+        if known and (data or path):
+            data, path = bytes(data or b""), None if path is None else os.fspath(path)
             return Media(kind, data=data or None, path=path)
     elif isinstance(value, (bytes, bytearray, memoryview)) and len(value):
         return Media(kind, data=bytes(value))
@@ -113,7 +116,8 @@ def _describe(value: Any) -> str:
     if value is None:
         return "nothing (null)"
     if isinstance(value, Mapping):
-        return f"a mapping with {sorted(map(str, value)) or 'no keys'} and no content"
+        held = {str(k): type(v).__name__ for k, v in value.items() if v}
+        return f"a mapping with {held or sorted(map(str, value)) or 'no keys'} and no content"
     return f"an empty {type(value).__name__}" if not value else f"a {type(value).__name__}"
 
 
@@ -123,7 +127,10 @@ def find_file(path: str, root: str | None, where: str = "", kind: str = "image")
     Raises:
       MediaError: no such file; lists the places tried.
     """
-    given = Path(path).expanduser()
+    try:
+        given = Path(path).expanduser()
+    except RuntimeError:  # no such user
+        given = Path(path)
     tried = [given] if given.is_absolute() or root is None else [Path(root) / given]
     for candidate in tried:
         if candidate.is_file():
@@ -171,20 +178,18 @@ def decode_image(value: Any, *, root: str | None = None, where: str = "") -> Ima
       MediaError: missing, truncated or corrupt, naming ``where``.
     """
     value = reference(value, "image", where)
+    name = ""
     if isinstance(value, Media):
         data = read_bytes(value, root, where)
-        name = f" ({value.path})" if value.path else ""
-        try:
-            image = Image.open(io.BytesIO(data))
-            _load_whole(image)
-            image = ImageOps.exif_transpose(image)
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise MediaError(
-                f"{where or 'A row'}: cannot decode the image{name}, {len(data)} bytes: {error}. "
-                f"{_NO_IMAGE_FIX}"
-            ) from error
-    else:
-        image = value
+        name = f" ({value.path}), {len(data)} bytes" if value.path else f", {len(data)} bytes"
+    try:
+        image = Image.open(io.BytesIO(data)) if isinstance(value, Media) else value
+        _load_whole(image)
+        image = ImageOps.exif_transpose(image)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise MediaError(
+            f"{where or 'A row'}: cannot decode the image{name}: {error}. {_NO_IMAGE_FIX}"
+        ) from error
     image = to_rgb(image, where)
     if not image.width or not image.height:
         raise MediaError(
@@ -216,6 +221,11 @@ def to_rgb(image: Image.Image, where: str = "") -> Image.Image:
         pixels = np.asarray(image).astype(np.float64)
         if np.isnan(pixels).any():
             raise MediaError(f"{where or 'A row'}: the image holds NaN pixels. {_NO_IMAGE_FIX}")
+        if 0 < pixels.max(initial=0) <= 1 and (pixels % 1).any():
+            raise MediaError(
+                f"{where or 'A row'}: the image holds real numbers up to {pixels.max():g}; they "
+                "would all turn out black, as 255 is white. Multiply them by 255."
+            )
         if image.mode != "F" and (image.mode != "I" or pixels.max(initial=0) > 255):
             pixels = pixels / 257.0
         grey = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
@@ -232,11 +242,19 @@ def image_size(value: Any, *, root: str | None = None, where: str = "") -> tuple
         data = read_bytes(value, root, where)
         try:
             value = Image.open(io.BytesIO(data))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise MediaError(f"{where or 'A row'}: not an image: {error}.") from error
-    width, height = value.size
-    turned = value.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    return (width, height) if turned else (height, width)
+            return _oriented(value)
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            raise MediaError(
+                f"{where or 'A row'}: not an image that can be read, {len(data)} bytes: {error}. "
+                f"{_NO_IMAGE_FIX}"
+            ) from error
+    return _oriented(value)
+
+
+def _oriented(image: Image.Image) -> tuple[int, int]:
+    # Of a TIFF file PIL gives the size as turned already. Of a PNG file this reads the pixels.
+    turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    return image.size if turned else image.size[::-1]
 
 
 def decode(example: Example, root: str | None = None) -> Example:

@@ -217,7 +217,7 @@ class PatchProcessor:
         """Settings as in ``preprocessor_config.json`` and ``video_preprocessor_config.json``.
 
         Raises:
-          CheckpointError: the area's bounds are unreadable.
+          CheckpointError: the area's bounds are unreadable, or videos are sampled to a number.
         """
         fields = {field.name for field in dataclasses.fields(cls)} - {"video", "pixels"}
         values = {k: v for k, v in config.items() if k in fields and v is not None}
@@ -226,9 +226,16 @@ class PatchProcessor:
                 values[name] = tuple(values[name])
         moving = config if video is None else video
         default = VideoSettings()
+        if moving.get("num_frames") is not None:
+            raise CheckpointError(
+                f"{where or 'The video processor'} sets num_frames to {moving['num_frames']!r}; "
+                "videos are sampled at a rate. Give fps, min_frames and max_frames instead."
+            )
+        # Files of transformers say false of do_sample_frames, and name the rate all the same.
+        every = moving.get("do_sample_frames") is False and moving.get("fps", 0) is None
         clip = VideoSettings(
             pixels=_area(moving, _VIDEO_PIXELS, where),
-            fps=float(moving.get("fps") or default.fps),
+            fps=None if every else float(moving.get("fps") or default.fps),
             min_frames=moving.get("min_frames") or default.min_frames,
             max_frames=moving.get("max_frames") or default.max_frames,
         )

@@ -149,6 +149,11 @@ def encode_example(
       DataError: the checkpoint cannot express the conversation.
     """
     where = example.where
+    if unseen := sorted(set(range(len(example.media))) - example.shown):
+        raise MediaError(
+            f"{where or 'An example'}: it holds {len(example.media)} media, but no message and no "
+            f"response shows number {unseen[0]}. Show it with a Part, or leave it out."
+        )
     text = processor.render(example.messages, generation_prompt=True, where=where)
     tokens = processor.encode(text, where=where)
     trained = np.zeros(len(tokens.ids), bool)

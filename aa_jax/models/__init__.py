@@ -127,10 +127,10 @@ def build(
 
 
 def _family(hf_config: dict[str, Any]) -> Family:
-    named = hf_config.get("architectures") or []
-    if not named and hf_config.get("model_type") in _MODEL_TYPES:
-        named = [_MODEL_TYPES[hf_config["model_type"]]]
-    if len(named) != 1 or named[0] not in ARCHITECTURES:
+    named, kind = hf_config.get("architectures") or [], str(hf_config.get("model_type"))
+    if not named and kind in _MODEL_TYPES:
+        named = [_MODEL_TYPES[kind]]
+    if not isinstance(named, list) or len(named) != 1 or str(named[0]) not in ARCHITECTURES:
         raise ModelError(
             f"config.json names the architecture {named or None} (model_type "
             f"{hf_config.get('model_type')!r}); handled are {', '.join(sorted(ARCHITECTURES))}."

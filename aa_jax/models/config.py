@@ -5,7 +5,7 @@ from typing import Any
 
 from aa_jax.errors import ModelError
 from aa_jax.models.layers import ACTIVATIONS
-from aa_jax.models.rope import KINDS, Rope
+from aa_jax.models.rope import KINDS, Rope, is_number, unusable
 
 # Attributes every transformers config may carry that leave the forward pass as it is:
 # bookkeeping, generation defaults, classification labels, output switches.
@@ -72,12 +72,22 @@ class Reader:
         return value
 
     def number(self, name: str, default: float) -> float:
-        """A real number."""
+        """A real number, not below 0."""
         value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            self.problem(name, f"is {value!r}; it must be a number")
+        if not is_number(value) or value < 0:
+            self.problem(name, f"is {value!r}; it must be a number, not below 0")
             return default
         return float(value)
+
+    def token(self, name: str, default: int, vocab_size: int) -> int:
+        """A token's id; the default is not held against a smaller vocabulary."""
+        value = self.get(name, None)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
+            self.problem(name, f"is {value!r}, not one of {vocab_size} tokens")
+            return default
+        return value
 
     def flag(self, name: str, default: bool) -> bool:
         """True or false."""
@@ -127,9 +137,13 @@ class Reader:
             self.problem(name, f"is {old or new!r}; it must be an object")
             return Rope("default", theta, head_dim, max_positions)
         values = {k: v for k, v in (old or new).items() if v is not None}
-        kind = values.pop("rope_type", values.pop("type", "default"))
+        kind = str(values.pop("rope_type", values.pop("type", "default")))
         values.pop("type", None)
-        theta = float(values.pop("rope_theta", theta))
+        theta = values.pop("rope_theta", theta)
+        if not is_number(theta) or theta <= 0:
+            self.problem("rope_theta", f"is {theta!r}; it must be a number above 0")
+            theta = 10000.0
+        theta = float(theta)
         sections: tuple[int, ...] = ()
         if mrope:
             kind = "default" if kind == "mrope" else kind
@@ -150,15 +164,23 @@ class Reader:
             self.problem(name, f"of type {kind!r} lacks {missing!r}")
         for unknown in sorted(set(values) - set(spec.required) - set(spec.optional)):
             self.problem(name, f"of type {kind!r} holds {unknown!r}, which is not handled")
-        for text in spec.check(values, head_dim):
+        wrong = list(unusable(values)) or spec.check(values, head_dim)
+        for text in wrong:
             self.problem(name, f"of type {kind!r} {text}")
+        if wrong:
+            return Rope("default", theta, head_dim, max_positions, (), sections)
         scaling = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return Rope(kind, theta, head_dim, max_positions, tuple(sorted(scaling.items())), sections)
 
     def _mrope_sections(self, name: str, value: Any) -> tuple[int, ...]:
-        whole = isinstance(value, list | tuple) and all(isinstance(v, int) for v in value)
+        whole = isinstance(value, list | tuple) and len(value) == 3
+        whole = whole and all(type(v) is int and v >= 0 for v in value)
         if not whole:
-            self.problem(name, f"has mrope_section {value!r}; it must be a list of whole numbers")
+            self.problem(
+                name,
+                f"has mrope_section {value!r}; it must be three whole numbers, the angles that "
+                "turn with time, height and width",
+            )
         return tuple(value) if whole else ()
 
     def finish(self, inert: Iterable[str] = ()) -> None:

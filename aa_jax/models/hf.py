@@ -76,7 +76,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{folder} has no config.json, so the architecture is unknown; copy it from the "
             "checkpoint's origin."
         ) from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} is not valid JSON ({error}); fetch it again.") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} does not hold a JSON object; fetch it again.")
@@ -110,7 +110,8 @@ def read_params(
     found = _find(folder, model, problems)
     leaves = flatten(model.abstract())
     rules = model.names.for_leaves(leaves)
-    tied = _match(found, leaves, rules, model, problems)
+    # Files that cannot be read would make all of their tensors missing ones.
+    tied = None if problems else _match(found, leaves, rules, model, problems)
     if problems:
         raise CheckpointError(
             f"{folder} does not match its config.json ({model.family}):\n  - "
@@ -135,6 +136,7 @@ def read_params(
 
 def _find(folder: Path, model: Stored, problems: list[str]) -> dict[str, safetensors.Entry]:
     """Every stored tensor under its canonical name, buffers left out."""
+    index: dict[str, str] = {}
     names = [WEIGHTS]
     if not (folder / WEIGHTS).exists():
         if not (folder / INDEX).exists():
@@ -145,21 +147,30 @@ def _find(folder: Path, model: Stored, problems: list[str]) -> dict[str, safeten
             )
             return {}
         try:
-            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            index = json.loads((folder / INDEX).read_text())["weight_map"]
+            names = sorted(set(index.values()))
+            if not names or not all(isinstance(name, str) for name in names):
+                raise ValueError("its weight_map does not map tensors to files")
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             problems.append(f"{INDEX} is damaged ({error!r})")
             return {}
     found: dict[str, safetensors.Entry] = {}
     for name in names:
         file = folder / name
         if not file.is_file():
-            problems.append(f"{name} is named in {INDEX} but missing")
+            where = f"named in {INDEX} but missing" if index else "no file"
+            problems.append(f"{name or 'a file without a name'} is {where}")
             continue
         try:
             entries = safetensors.read_header(file)
         except safetensors.BadFile as error:
             problems.append(f"{name} {error}")
             continue
+        problems += [
+            f"{tensor} is in {name} says {INDEX}, but it is not"
+            for tensor, file in index.items()
+            if file == name and tensor not in entries
+        ]
         for stored, entry in entries.items():
             canonical = model.names.canonical(stored)
             if model.names.is_buffer(canonical):

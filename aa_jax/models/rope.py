@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -129,6 +130,38 @@ def _longrope_at(rope: Rope, scaling: dict, lengths: Array) -> Array:
     return jnp.where((lengths > context)[:, None], long[None, :], short[None, :])
 
 
+def is_number(value: Any) -> bool:
+    """Whether a decoded JSON value is a finite number."""
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    return real and math.isfinite(value)
+
+
+_LISTS = ("short_factor", "long_factor")
+_MAY_BE_ZERO = ("mscale", "mscale_all_dim", "beta_fast", "beta_slow")  # there it means absent
+
+
+def unusable(scaling: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with a kind's numbers, whatever the kind: everything here divides or scales."""
+
+    def positive(value: Any, zero: bool = False) -> bool:
+        return is_number(value) and (value > 0 or (zero and value == 0))
+
+    for name, value in scaling.items():
+        if name == "truncate":
+            if not isinstance(value, bool):
+                yield f"has {name} {value!r}; it must be true or false"
+        elif name in _LISTS:
+            if not isinstance(value, list | tuple) or not all(map(positive, value)):
+                yield f"has {name} {value!r}; it must be a list of numbers above 0"
+        elif not positive(value, zero=name in _MAY_BE_ZERO):
+            yield f"has {name} {value!r}; it must be a number above 0"
+
+
+def _check_llama3(scaling: dict, dim: int) -> list[str]:
+    low, high = scaling.get("low_freq_factor", 0), scaling.get("high_freq_factor", math.inf)
+    return [] if low < high else [f"needs a high_freq_factor above its low_freq_factor, {low}"]
+
+
 def _check_dynamic(scaling: dict, dim: int) -> list[str]:
     return ["needs heads of at least 4"] if dim < 4 else []
 
@@ -176,6 +209,7 @@ KINDS: dict[str, Kind] = {
         _llama3,
         ("factor", "low_freq_factor", "high_freq_factor"),
         ("original_max_position_embeddings",),
+        check=_check_llama3,
     ),
     "yarn": Kind(
         _yarn,

@@ -44,6 +44,11 @@ class Entry:
     shape: tuple[int, ...]
     start: int
 
+    @property
+    def stop(self) -> int:
+        """One past the last byte."""
+        return self.start + math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
+
     def read(self) -> np.ndarray:
         """The tensor as a read-only view of the mapped file."""
         dtype = np.dtype(DTYPES[self.dtype])
@@ -86,40 +91,59 @@ def fill(target: np.ndarray, source: np.ndarray) -> None:
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """Every tensor of a file, after checking that all of them lie inside it.
+    """Every tensor of a file, after checking that together they are the file.
 
     Raises:
-        BadFile: the header is unreadable, a tensor reaches past the end of the file, or a byte
-            range does not fit its shape.
+        BadFile: the file or its header is unreadable, a byte range does not fit its shape, or the
+            tensors do not lie back to back from the header to the end of the file.
     """
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise BadFile(
-                f"holds {size} bytes, fewer than its header announces; it is truncated or not a "
-                "safetensors file"
-            )
-        try:
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise BadFile(
+                    f"holds {size} bytes, fewer than its header announces; it is truncated or not "
+                    "a safetensors file"
+                )
             header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            return {name: _entry(file, 8 + length, size, raw) for name, raw in header.items()}
-        except BadFile:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadFile(f"has a damaged header ({error})") from error
+    except OSError as error:
+        raise BadFile(f"cannot be read ({error})") from error
+    except ValueError as error:
+        raise BadFile(f"has a damaged header ({error})") from error
+    if not isinstance(header, dict):
+        raise BadFile(f"has a damaged header (it is a JSON {type(header).__name__})")
+    header.pop("__metadata__", None)
+    entries = {name: _entry(file, 8 + length, name, raw) for name, raw in header.items()}
+    _check_ranges(entries, 8 + length, size)
+    return entries
 
 
-def _entry(file: Path, data: int, size: int, raw: dict[str, Any]) -> Entry:
-    start, stop = raw["data_offsets"]
-    shape, dtype = tuple(raw["shape"]), raw["dtype"]
+def _entry(file: Path, data: int, name: str, raw: Any) -> Entry:
+    try:
+        (start, stop), shape, dtype = raw["data_offsets"], tuple(raw["shape"]), str(raw["dtype"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadFile(f"has a damaged header (the entry of {name} is {raw!r})") from error
     if dtype not in DTYPES:
-        raise BadFile(f"stores a tensor as {dtype}, which is not one of {', '.join(DTYPES)}")
-    if data + stop > size:
-        raise BadFile(f"is truncated: its tensors need {data + stop} bytes, it holds {size}")
-    if start < 0 or stop - start != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
-        raise BadFile(f"gives {stop - start} bytes to a {dtype} tensor of shape {shape}")
+        raise BadFile(f"stores {name} as {dtype}, which is not one of {', '.join(DTYPES)}")
+    if any(type(number) is not int or number < 0 for number in (start, stop, *shape)):
+        raise BadFile(f"has a damaged header (the entry of {name} is {raw!r})")
+    if stop - start != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
+        raise BadFile(f"gives {stop - start} bytes to a {dtype} tensor of shape {shape}, {name}")
     return Entry(file, dtype, shape, data + start)
+
+
+def _check_ranges(entries: dict[str, Entry], data: int, size: int) -> None:
+    end, before = data, "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != end:
+            what = "overlaps" if entry.start < end else "does not begin at the end of"
+            raise BadFile(f"has a damaged header ({name} {what} {before})")
+        end, before = entry.stop, name
+    if end > size:
+        raise BadFile(f"is truncated: its tensors need {end} bytes, it holds {size}")
+    if end < size:
+        raise BadFile(f"holds {size} bytes, but its tensors need only {end}; it is damaged")
 
 
 def write(

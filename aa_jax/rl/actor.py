@@ -162,11 +162,11 @@ def _no_images(model: Model) -> Forbid | None:
     return Forbid(tuple(sorted({*images.token_ids, *marks})), vocab)
 
 
-def with_responses(prompt: Encoded, samples: Sequence[Sample]) -> Encoded:
-    """The prompt with what was sampled as its responses."""
+def with_responses(prompt: Encoded, responses: Sequence[Sequence[int] | np.ndarray]) -> Encoded:
+    """The prompt with the ids of what was sampled as its responses."""
     return dataclasses.replace(
         prompt,
-        responses=tuple(np.asarray(sample.tokens, np.int32) for sample in samples),
-        ended=tuple(sample.finished for sample in samples),
+        responses=tuple(np.asarray(ids, np.int32) for ids in responses),
+        ended=(True,) * len(responses),
         trained=np.zeros_like(prompt.trained),
     )

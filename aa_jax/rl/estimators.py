@@ -17,6 +17,14 @@ from aa_jax.losses import advantages as adv
 from aa_jax.losses import groups
 from aa_jax.losses.lagrangian import combined_advantages
 
+# Compiled once, not in every iteration: a scan that runs by itself is compiled at every call.
+_gae = jax.jit(adv.gae, static_argnames=("gamma", "lam"))
+_whiten = jax.jit(adv.whiten)
+_shaped_rewards = jax.jit(
+    adv.shaped_rewards, static_argnames=("estimator", "score_clip", "reward_clip")
+)
+_reinforce_plus_plus = jax.jit(groups.reinforce_plus_plus, static_argnames="gamma")
+
 
 @dataclasses.dataclass(frozen=True)
 class Experience:
@@ -54,7 +62,7 @@ class Experience:
         """Reward at the last token, minus the price of the KL at every token; [P * G, R]."""
         logps = self.rows(self.logps)
         reference = logps if self.ref_logps is None else self.rows(self.ref_logps)
-        return adv.shaped_rewards(
+        return _shaped_rewards(
                 logps, reference, self.rows(self.rewards), self.rows(self.mask),
                 kl_coef=self.kl_coef, **options,
         )  # fmt: skip
@@ -75,11 +83,11 @@ def gae(
         estimator=kl_estimator, score_clip=score_clip, reward_clip=reward_clip
     )
     mask = experience.rows(experience.mask)
-    advantages, returns = adv.gae(
+    advantages, returns = _gae(
         rewards, experience.rows(experience.values), mask, gamma=gamma, lam=lam
     )
     if whiten:
-        advantages = jnp.where(mask != 0, adv.whiten(advantages, mask), 0)
+        advantages = jnp.where(mask != 0, _whiten(advantages, mask), 0)
     shape = experience.mask.shape
     return {
         "advantages": np.asarray(advantages).reshape(shape),
@@ -110,7 +118,7 @@ def lagrangian(experience: Experience, *, whiten: bool = True, **options: Any) -
     if whiten:
         mask = jnp.asarray(experience.mask)
         flat = experience.rows(advantages), experience.rows(mask)
-        advantages = jnp.where(mask != 0, adv.whiten(*flat).reshape(mask.shape), 0)
+        advantages = jnp.where(mask != 0, _whiten(*flat).reshape(mask.shape), 0)
     return paid | {
         "advantages": np.asarray(advantages), "cost_returns": cost["returns"],
         "old_cost_values": cost["old_values"],
@@ -164,7 +172,7 @@ def reinforce_plus_plus(
     rewards = experience.token_rewards(
         estimator=kl_estimator, score_clip=score_clip, reward_clip=reward_clip
     )
-    found = groups.reinforce_plus_plus(rewards, experience.rows(experience.mask), gamma=gamma)
+    found = _reinforce_plus_plus(rewards, experience.rows(experience.mask), gamma=gamma)
     return {"advantages": np.asarray(found).reshape(experience.mask.shape)}
 
 

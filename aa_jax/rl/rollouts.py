@@ -15,7 +15,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from aa_jax.data.collate import Batch, collate
@@ -27,6 +26,7 @@ from aa_jax.rl.alarms import Alarms
 from aa_jax.rl.algorithms import CostLimit
 from aa_jax.rl.estimators import Experience
 from aa_jax.rl.judging import Judge
+from aa_jax.rl.packing import Packer, Packing
 from aa_jax.training.metrics import MetricWriter
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,9 @@ class Rollouts(Iterator[Batch]):
       ptx: ``(update, rows) -> batch`` of other data, put under "ptx" into every minibatch.
       alarms: see `rl.alarms`, or None.
       controller: KL price: has `coef` and `update(kl, tokens)`; None: `kl_coef` 0.
-      score_rows: prompts scored at once.
+      score_rows: rows scored at once.
+      share_rows: short prompts without media may share a row, see `rl.packing`; not where the loss
+        compares the responses of a row with each other.
       writer: opens a `MetricWriter` for the figures of every iteration.
       watch: called with (iteration, prompts' indices, texts [P][G], values [P, G]).
     """
@@ -128,6 +130,7 @@ class Rollouts(Iterator[Batch]):
         alarms: Alarms | None = None,
         controller: Any = None,
         score_rows: int = 16,
+        share_rows: bool = True,
         writer: Callable[[], MetricWriter] | None = None,
         watch: Callable[[int, list[int], list[list[str]], np.ndarray], None] | None = None,
     ):
@@ -143,12 +146,13 @@ class Rollouts(Iterator[Batch]):
         self._open_writer, self._watch = writer, watch
         self._writer: MetricWriter | None = None
         shapes = actor.prompt_shapes
-        self._shapes = dataclasses.replace(
-            shapes,
-            length=shapes.length + plan.samples * actor.max_new_tokens,
-            response_length=actor.max_new_tokens,
-            sequences=plan.samples,
+        self._shapes = dataclasses.replace(shapes, response_length=actor.max_new_tokens)
+        text = not (shapes.images or shapes.media)
+        self._packer = Packer(
+            shapes.length + plan.samples * actor.max_new_tokens,
+            share=share_rows and text and ptx is None,
         )
+        self._answered: list[Encoded] = []
         self._params: Any = None
         self._iteration, self._cursor = 0, 0
         self._buffer: Batch | None = None
@@ -177,11 +181,9 @@ class Rollouts(Iterator[Batch]):
 
     def get_state(self) -> dict[str, Any]:
         """JSON-able, with the responses of the iteration in progress."""
-        buffer = None
-        if self._buffer is not None:  # media are read again: they would fill the checkpoint
-            buffer = {k: np.asarray(v) for k, v in self._buffer.items() if k != "media"}
         return {
-            "iteration": self._iteration, "cursor": self._cursor, "buffer": buffer,
+            "iteration": self._iteration, "cursor": self._cursor, "buffer": self._buffer,
+            "rows": self._packer.get_state(),
             "kl_coef": None if self._controller is None else self._controller.coef,
             "limit": None if self._limit is None else self._limit.get_state(),
             "alarms": None if self._alarms is None else self._alarms.get_state(),
@@ -205,12 +207,21 @@ class Rollouts(Iterator[Batch]):
         if self._open_writer is not None:
             with self._open_writer() as writer:
                 writer.rewind(self._iteration - (state["buffer"] is None))
-        self._buffer = None
+        if "rows" in state:
+            self._packer.set_state(state["rows"])
+        elif state["buffer"] is not None:
+            raise DataError(
+                "the saved rollouts are of an earlier version, in the middle of an iteration, and "
+                "cannot be continued. Finish the run with that version, or begin in a new workdir."
+            )
+        self._buffer, self._answered = None, []
         if state["buffer"] is not None:
             self._buffer = dict(state["buffer"])
-            encoded = [self.prompts[i] for i in self._chosen()]
-            again = collate(encoded, self.actor.prompt_shapes, "prompt")
-            self._buffer |= {k: v for k, v in again.items() if k == "media"}
+            texts, lengths = self._buffer["responses"], self._buffer["lengths"]
+            self._answered = [
+                with_responses(self.prompts[i], [ids[:n] for ids, n in zip(*group, strict=True)])
+                for i, *group in zip(self._chosen(), texts, lengths, strict=True)
+            ]
         if self._controller is not None:
             self._controller.coef = state["kl_coef"]
         if self._limit is not None:
@@ -269,7 +280,11 @@ class Rollouts(Iterator[Batch]):
                 read = iter(actor.read([sample for group in samples for sample in group]))
                 for row, group in enumerate(samples):
                     put(row, group, [next(read) for _ in group])
-            batch, scored = self._scored(params, encoded, samples)
+            tokens = [[sample.tokens for sample in group] for group in samples]
+            self._answered = [with_responses(*pair) for pair in zip(encoded, tokens, strict=True)]
+            self._packer.fit([_tokens(item) for item in self._answered])
+            buffer = _responses(tokens, actor.max_new_tokens)
+            logps, reference, values, cost_values = self._scored(params)
             scores, *priced = (judge.scores() for judge in judges)
         texts = [[request.response for request in written[row]] for row in range(plan.prompts)]
         valid = scores.valid.reshape(plan.prompts, plan.samples)
@@ -282,21 +297,20 @@ class Rollouts(Iterator[Batch]):
             more["multiplier"] = self._limit.multiplier
         self._check_paid(valid, scores)
         # A response without a usable reward teaches nothing, and is not counted as a token either.
-        batch["sequence_mask"] = batch["sequence_mask"] * valid.astype(np.float32)
-        mask = batch["loss_mask"] * batch["sequence_mask"][..., None]
-        logps, reference, values, cost_values = scored
+        buffer["sequence_mask"] = valid.astype(np.float32)
+        slots = np.arange(actor.max_new_tokens) < buffer["lengths"][..., None]
+        mask = (slots & valid[..., None]).astype(np.float32)
         gap = self._check_logps(samples, logps)
         coef = 0.0 if self._controller is None else float(self._controller.coef)
         experience = Experience(
             np.where(valid, rewards, 0.0).astype(np.float32), valid.astype(np.float32), logps,
-            reference, values, mask.astype(np.float32), coef, costs, cost_values,
+            reference, values, mask, coef, costs, cost_values,
             0.0 if self._limit is None else self._limit.multiplier,
         )  # fmt: skip
-        batch |= self.estimator(experience)
-        batch["old_logps"] = logps
+        buffer |= {k: np.asarray(v) for k, v in self.estimator(experience).items()}
+        buffer |= {"old_logps": logps, "loss_mask": mask}
         if reference is not None:
-            batch["ref_token_logps"] = reference
-        batch["loss_mask"] = mask.astype(np.float32)
+            buffer["ref_token_logps"] = reference
         self.figures = self._figures(experience, samples, gap) | scores.figures() | more
         if self._alarms is not None:
             self.figures |= self._alarms.check(self._iteration, self.figures)
@@ -310,26 +324,33 @@ class Rollouts(Iterator[Batch]):
             self._writer.write(self._iteration, self.figures)
         if self._watch is not None:
             self._watch(self._iteration, indices, texts, rewards)
-        return batch
+        return buffer
 
-    def _scored(
-        self, params: Any, encoded: Sequence[Encoded], samples: Sequence[Sequence[Sample]]
-    ) -> tuple[Batch, tuple[np.ndarray | None, ...]]:
-        """The responses as a batch; log-probs of policy and reference, values, cost values."""
-        batch = collate(
-            [with_responses(*pair) for pair in zip(encoded, samples, strict=True)],
-            self._shapes, "group", pad_id=self.actor.processor.pad_id,
-        )  # fmt: skip
+    def _scored(self, params: Any) -> tuple[np.ndarray | None, ...]:
+        """[P, G, R]: log-probs of policy and reference, values, cost values."""
+        packing, batch = self._rows(np.arange(len(self._answered)))
         actor, rows = self.actor, self._score_rows
-        logps = actor.logps(params, batch, rows)
-        reference = values = cost_values = None
+        found: list[np.ndarray | None] = [actor.logps(params, batch, rows), None, None, None]
         if self._reference is not None:
-            reference = actor.logps(self._reference, batch, rows)
-        if self._critic is not None:
-            values = actor.values(self._critic(self._params), batch, rows)
-        if self._cost_critic is not None:
-            cost_values = actor.values(self._cost_critic(self._params), batch, rows)
-        return batch, (logps, reference, values, cost_values)
+            found[1] = actor.logps(self._reference, batch, rows)
+        for place, critic in ((2, self._critic), (3, self._cost_critic)):
+            if critic is not None:
+                found[place] = actor.values(critic(self._params), batch, rows)
+        return tuple(None if array is None else packing.take(array) for array in found)
+
+    def _rows(self, places: np.ndarray) -> tuple[Packing, Batch]:
+        """Prompts of this iteration with their responses, as a batch."""
+        chosen = [self._answered[i] for i in places]
+        packing = self._packer.pack([_tokens(item) for item in chosen])
+        shapes = dataclasses.replace(
+            self._shapes, length=self._packer.length,
+            sequences=packing.groups * self.plan.samples,
+        )  # fmt: skip
+        batch = collate(
+            [[chosen[i] for i in row] for row in packing.rows], shapes, "group",
+            batch_rows=packing.size, pad_id=self.actor.processor.pad_id,
+        )  # fmt: skip
+        return packing, batch
 
     def _requests(
         self, index: int, answers: Sequence[Sample], read: Sequence[tuple]
@@ -361,7 +382,9 @@ class Rollouts(Iterator[Batch]):
         passed, rest = divmod(self._cursor, self.plan.minibatches)
         if self._buffer is None or self.plan.max_kl is None or rest or not passed:
             return False
-        logps = self.actor.logps(self._policy(self._params), self._buffer, self._score_rows)
+        packing, batch = self._rows(np.arange(len(self._answered)))
+        logps = self.actor.logps(self._policy(self._params), batch, self._score_rows)
+        logps = packing.take(logps)
         mask = self._buffer["loss_mask"]
         gap = np.where(mask > 0, self._buffer["old_logps"] - logps, 0.0)
         kl = float((np.expm1(gap) - gap).sum() / max((mask > 0).sum(), 1))
@@ -416,9 +439,29 @@ class Rollouts(Iterator[Batch]):
         epoch, part = divmod(cursor, self.plan.minibatches)
         size = self.plan.prompts // self.plan.minibatches
         order = self._generator(3, epoch).permutation(self.plan.prompts)
-        rows = order[part * size : (part + 1) * size]
-        batch = jax.tree.map(lambda x: np.asarray(x)[rows], self._buffer)
+        places = order[part * size : (part + 1) * size]
+        packing, batch = self._rows(places)
+        batch |= {
+            name: packing.place(array[places])
+            for name, array in self._buffer.items()
+            if name not in ("responses", "lengths")
+        }
         if self._ptx is not None:
             update = self._iteration * self.plan.epochs * self.plan.minibatches + cursor
             batch["ptx"] = self._ptx(update, size)
         return batch
+
+
+def _tokens(answered: Encoded) -> int:
+    """Tokens of a prompt with its responses."""
+    return len(answered.prompt) + sum(map(len, answered.responses))
+
+
+def _responses(tokens: Sequence[Sequence[Sequence[int] | np.ndarray]], longest: int) -> Batch:
+    """What was written, as arrays."""
+    lengths = np.array([[len(ids) for ids in group] for group in tokens], np.int32)
+    responses = np.zeros((*lengths.shape, longest), np.int32)
+    for row, group in zip(responses, tokens, strict=True):
+        for slots, ids in zip(row, group, strict=True):
+            slots[: len(ids)] = ids
+    return {"responses": responses, "lengths": lengths}

@@ -182,6 +182,7 @@ def train(
         alarms=None if alarms is None else Alarms(**alarms),
         reference=(params if reference is None else reference) if priced else None,
         controller=Controller(**(kl or {})) if row.kl == "reward" else None,
+        share_rows=row.loss not in objectives.OF_GROUPS,
         writer=functools.partial(MetricWriter, workdir, f"{stage}.rollout"),
     )  # fmt: skip
     places = shardings(axes, jax.eval_shape(lambda: start), mesh)

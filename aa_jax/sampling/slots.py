@@ -33,6 +33,8 @@ from aa_jax.sharding.mesh import BATCH_AXES, batch_devices
 State = dict[str, Any]
 _OF_LANES = ("k", "v", "sample", "count", "live", "token", "constraint")  # others: of slots
 _CACHES = ("prompt_k", "prompt_v", "k", "v")  # a layer of them is [rows, K, S, Dh]
+_KEPT = ("prompt_k", "prompt_v", "prompt_length", "prompt_position", "first", "start", "samples",
+         "limits", "uniform")  # by the loop; it moves the others  # fmt: skip
 _INPUTS = ("tokens", "positions", "intervals", "last_positions", "feature_index", "media")
 
 
@@ -155,6 +157,7 @@ class SlotSampler:
         few = -(-self.slots // 4 // many) * many
         narrow = narrow and self.slots >= 16 and few <= self.slots // 2
         self._few = few if narrow else self.slots
+        self._many, self._apart = many, many == mesh.shape["data"] == mesh.size > 1
         self._ends = np.asarray(sorted(eos_ids), np.int32)
         self._state_places: Any = None
         self._jitted: dict[str, Any] = {}
@@ -194,6 +197,8 @@ class SlotSampler:
         state = None
         while True:
             free = np.flatnonzero(holds < 0)
+            # Dealt out to the devices, which write at their own pace.
+            free = free[np.argsort(free % (len(holds) // self._many), kind="stable")]
             # A prefill costs the same for few rows as for many: it waits for its rows.
             while pending and len(free) >= (wanted := min(self.prefill_rows, len(pending))):
                 some = pending[:wanted]
@@ -291,6 +296,7 @@ class SlotSampler:
     def _narrow(self, state: State, holds: np.ndarray) -> tuple[State, np.ndarray]:
         """The slots that still write, and some that do not, in a state of few slots."""
         stay = np.argsort(holds < 0, kind="stable")[: self._few].astype(np.int32)
+        stay = stay.reshape(-1, self._many).T.reshape(-1)  # to every device as many that write
         lanes = (stay[:, None] * self.lanes + np.arange(self.lanes, dtype=np.int32)).reshape(-1)
 
         def take(_: Any, state: State, stay: Any, lanes: Any) -> State:
@@ -397,13 +403,25 @@ class SlotSampler:
         return state
 
     def _decode(self, params: Any, state: State, wake: Any) -> State:
-        """Steps until `wake` slots are done (or have never been filled), or it is time to look."""
-        head, decode = self.model.head(params), self.model.decoder(params)
-        kept = {name: state[name] for name in (
-            "prompt_k", "prompt_v", "prompt_length", "prompt_position", "first", "start",
-            "samples", "limits", "uniform",
-        )}  # fmt: skip
+        """Steps until `wake` slots are done (or have never been filled), or it is time to look.
+
+        Where every device has the whole model, each runs the loop over its own slots until its part
+        of them is done: in one loop over all, devices would wait for each other at every token.
+        """
+        kept = {name: state[name] for name in _KEPT}
         moving = {name: value for name, value in state.items() if name not in kept}
+        if not self._apart:
+            return {**state, **self._loop(params, kept, moving, wake)}
+        places = jax.tree.map(lambda place: place.spec, self._state_places)
+        moves = {name: places[name] for name in moving}
+        loop = jax.shard_map(
+            self._loop, mesh=self.mesh, out_specs=moves, check_vma=False,
+            in_specs=(P(), {name: places[name] for name in kept}, moves, P()),
+        )  # fmt: skip
+        return {**state, **loop(params, kept, moving, -(-wake // self._many))}
+
+    def _loop(self, params: Any, kept: State, moving: State, wake: Any) -> State:
+        head, decode = self.model.head(params), self.model.decoder(params)
         most = self.stop.every if self.stop is not None else self.room * (self.samples + 1)
 
         def going(carry: tuple) -> Any:
@@ -416,8 +434,7 @@ class SlotSampler:
             step, now = carry
             return step + 1, self._step(decode, head, kept, now)
 
-        _, moving = jax.lax.while_loop(going, advance, (jnp.int32(0), moving))
-        return {**state, **moving}
+        return jax.lax.while_loop(going, advance, (jnp.int32(0), moving))[1]
 
     def _step(self, decode: Any, head: Any, kept: State, now: State) -> State:
         # Slots are batch dimensions of all that is read and written at an index: with slot numbers

@@ -95,6 +95,18 @@ def test_orientation_is_applied_as_in_transformers(kit, tmp_path):
     assert media.image_size(str(path)) == (60, 40) == (got.height, got.width)
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_the_size_of_a_turned_image_is_that_of_its_pixels(form, kit):
+    """PIL turns a TIFF file by itself; an image that came opened is turned like any other."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = kit.image_bytes(kit.random_image(0, 40, 60), form, exif=exif)
+    for value in (data, Image.open(io.BytesIO(data))):
+        assert media.image_size(value) == (60, 40)
+        got = media.decode_image(value)
+        assert (got.height, got.width) == (60, 40)
+
+
 def test_broken_exif_is_decoded_without_a_word_and_without_touching_the_filters(kit, tmp_path):
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "words" * 10
@@ -127,6 +139,11 @@ def test_truncated_and_foreign_bytes(kit):
         media.decode_image(b"not an image", where="t:1")
     with pytest.raises(MediaError, match="t:1: not an image"):
         media.image_size(b"not an image", where="t:1")
+    data = kit.image_bytes(kit.random_image())[:-30]  # the header of a PNG file is whole
+    with pytest.raises(MediaError, match="t:1: not an image that can be read, .*truncated"):
+        media.image_size(data, where="t:1")
+    with pytest.raises(MediaError, match="t:1: cannot decode the image.*truncated"):
+        media.decode_image(Image.open(io.BytesIO(data)), where="t:1")
 
 
 @pytest.mark.parametrize(
@@ -136,6 +153,9 @@ def test_truncated_and_foreign_bytes(kit):
         (b"", "empty bytes"),
         ("", "empty str"),
         ({"bytes": None, "path": None}, "no content"),
+        ({"bytes": "text"}, r"a mapping with \{'bytes': 'str'\}"),
+        ({"path": 3}, r"a mapping with \{'path': 'int'\}"),
+        ("~nobody/a.png", "media_root"),
         (3.5, "a float"),
         ("http://example.org/a.png", "Download"),
         ("missing.png", "media_root"),
@@ -151,6 +171,7 @@ def test_missing_media_say_what_is_wrong(value, words, tmp_path):
     [
         (Image.new("RGB", (0, 5)), "5 x 0 pixels"),
         (Image.fromarray(np.full((2, 2), np.nan, np.float32)), "NaN pixels"),
+        (Image.fromarray(np.full((2, 2), 0.5, np.float32)), "real numbers up to 0.5; .* black"),
         (np.zeros((4, 4, 3)), r"array \[4, 4, 3\] float64; an image is"),
         (np.zeros((3, 40, 60), np.uint8), r"array \[3, 40, 60\] uint8; an image is"),
     ],

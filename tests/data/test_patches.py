@@ -1,5 +1,7 @@
 """Patches equal those of transformers' PIL image processor; videos are checked against images."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +84,10 @@ def test_every_spelling_of_the_bounds(spelling):
 def test_settings_survive_the_file(kit):
     made = PatchProcessor(patch_size=4, pixels=(64, 512), video=VideoSettings((16, 32), 3.0, 2, 8))
     assert PatchProcessor.from_dict(made.to_dict(), made.video_dict()) == made
+    every = dataclasses.replace(made, video=VideoSettings((16, 32), fps=None))
+    assert PatchProcessor.from_dict(every.to_dict(), every.video_dict()) == every
+    with pytest.raises(CheckpointError, match="x sets num_frames to 8; .* Give fps"):
+        PatchProcessor.from_dict({}, {"num_frames": 8}, where="x")
     theirs = Qwen2VLImageProcessorPil(**{k: v for k, v in made.to_dict().items()})
     image = kit.random_image(3)
     expected = theirs(image, return_tensors="np")["pixel_values"]

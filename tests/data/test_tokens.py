@@ -276,6 +276,29 @@ def test_media_that_do_not_match(kit):
         encode_example(item, processor)
 
 
+def test_a_medium_that_nothing_shows_is_named(kit):
+    images = (kit.random_image(0), kit.random_image(1))
+    asked = message("user", "what?", [Part("image", index=0)])
+    example = Example((asked,), ("seven",), images, where="t:9")
+    with pytest.raises(MediaError, match="t:9: it holds 2 media, but no .* shows number 1"):
+        encode_example(example, kit.llava)
+    behind = Example((message("user", "what?", [Part("image", index=1)]),), ("seven",), images)
+    with pytest.raises(MediaError, match="shows number 0"):
+        encode_example(behind, kit.llava)
+
+
+def test_media_of_a_replaced_response_leave_with_it(kit):
+    """Those of the prompt keep their numbers, and media given anew count as given."""
+    images = (kit.random_image(0), kit.random_image(1))
+    asked = message("user", "what?", [Part("image", index=0)])
+    drawn = message("assistant", "this", [Part("image", index=1)])
+    example = Example((asked,), (drawn,), images)
+    assert example.replace(responses=()).media == images[:1]
+    assert len(encode_example(example.replace(responses=("seven",)), kit.llava).responses) == 1
+    assert example.replace(where="t:1").media == images
+    assert example.replace(responses=(), media=images).media == images
+
+
 def test_generated_images_need_another_model(kit):
     response = Message("assistant", IMAGE)
     item = Example((message("user", "draw"),), (response,), (kit.random_image(),), "t:3")

@@ -200,6 +200,37 @@ def damage_offsets(folder):
     return r"gives 768 bytes to a F32 tensor of shape \(16, 11\)"
 
 
+def damage_overlap(folder):
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    spans = sorted(entry["data_offsets"] for name, entry in header.items() if name[0] != "_")
+    begin, end = spans[1]
+    old, new = f"[{begin},{end}]", f"[{begin - 8},{end - 8}]"
+    text = data[8 : 8 + size].replace(old.encode(), new.ljust(len(old)).encode(), 1)
+    file.write_bytes(data[:8] + text + data[8 + size :])
+    return "model.safetensors has a damaged header .*overlaps"
+
+
+def damage_appended(folder):
+    with open(folder / "model.safetensors", "ab") as stream:
+        stream.write(bytes(8))
+    return r"model.safetensors holds \d+ bytes, but its tensors need only \d+; it is damaged"
+
+
+def damage_entry(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"shape":[16,12]', b'"shape":[16.,2]', 1))
+    return "damaged header"
+
+
+def damage_dtype(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"dtype":"F32"', b'"dtype":"F99"', 1))
+    return r"stores [\w.]+ as F99, which is not one of F64,"
+
+
 def damage_no_weights(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     return "neither model.safetensors nor .*pytorch_model.bin.*converted to safetensors"
@@ -218,6 +249,19 @@ def damage_index(folder):
     return "model.safetensors.index.json is damaged"
 
 
+def damage_index_values(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 5}}')
+    return "index.json is damaged .*does not map tensors to files"
+
+
+def damage_index_promise(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"lost.weight": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return "lost.weight is in model-00001-of-00001.safetensors says .*, but it is not"
+
+
 def damage_no_config(folder):
     (folder / "config.json").unlink()
     return "has no config.json"
@@ -225,6 +269,12 @@ def damage_no_config(folder):
 
 def damage_config(folder):
     (folder / "config.json").write_text("{'a'")
+    return "config.json is not valid JSON"
+
+
+def damage_config_folder(folder):
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
     return "config.json is not valid JSON"
 
 
@@ -245,8 +295,10 @@ def test_damaged_folders(damage, llava, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(llava[-1], folder)
     message = damage(folder)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as error:
         models.load(folder)
+    # Nothing is said of tensors that may well be in a file that cannot be read.
+    assert "is in no file" not in str(error.value)
 
 
 def test_twice_stored_tensor(llava, tmp_path):

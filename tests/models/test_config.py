@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -77,6 +78,35 @@ def test_all_problems_are_in_one_error(world):
             dict(rope_parameters={"rope_theta": 1e4, "mrope_section": [1, 1]}),
             "of type 'default' holds 'mrope_section', which is not handled",
         ),
+        (dict(rope_theta=0), "rope_theta is 0.0; it must be a number above 0"),
+        (dict(rope_parameters={"rope_theta": "big"}), "rope_theta is 'big'; it must be a number"),
+        (dict(rope_parameters={"rope_type": ["linear"]}), "has rope_type .*handled are"),
+        (dict(rms_norm_eps=float("nan")), "rms_norm_eps is nan; it must be a number"),
+        (
+            dict(rope_scaling={"type": "linear", "factor": "2"}),
+            "of type 'linear' has factor '2'; it must be a number above 0",
+        ),
+        (
+            dict(rope_scaling={"type": "yarn", "factor": 2, "truncate": 1}),
+            "of type 'yarn' has truncate 1; it must be true or false",
+        ),
+        (
+            dict(rope_scaling={"type": "longrope", "long_factor": [1, 0], "short_factor": [1, 2]}),
+            r"has long_factor \[1, 0\]; it must be a list of numbers above 0",
+        ),
+        (
+            dict(
+                rope_scaling={
+                    "type": "llama3",
+                    "factor": 2,
+                    "low_freq_factor": 1,
+                    "high_freq_factor": 1,
+                }
+            ),
+            "needs a high_freq_factor above its low_freq_factor, 1",
+        ),
+        (dict(architectures=7), "names the architecture 7 "),
+        (dict(architectures=None, model_type=["llama"]), "handled are .*Llama"),
         (dict(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel.*handled are .*LlamaFor"),
         (dict(architectures=None, model_type="gpt2"), "model_type 'gpt2'.*handled are .*Llama"),
     ],
@@ -84,6 +114,35 @@ def test_all_problems_are_in_one_error(world):
 def test_refusals(changes, message, world):
     with pytest.raises(ModelError, match=message):
         models.build(world.llama_config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(vision_feature_layer=[]), "vision_feature_layer is an empty list"),
+        (dict(vision_feature_layer=True), "vision_feature_layer names True"),
+        (dict(image_token_index="<image>"), "image_token_index is '<image>', not one of 40 tokens"),
+        (dict(image_token_index=40), "image_token_index is 40, not one of 40 tokens"),
+    ],
+)
+def test_refusals_of_what_joins_tower_and_decoder(changes, message, world):
+    with pytest.raises(ModelError, match=message):
+        models.build({**world.llava_config(), **changes})
+
+
+def test_an_empty_vision_config_is_clips_own_and_an_absent_one_llavas(world):
+    """As in transformers: CLIP's base tower of an object without attributes, LLaVA's of none."""
+    config = {**world.llava_config(), "vision_config": {}}
+    for given in ({}, None):
+        theirs = transformers.LlavaConfig(vision_config=given).vision_config
+        ours = models.build({**config, "vision_config": given}).config.vision
+        assert (ours.hidden_size, ours.num_layers, ours.num_heads, ours.patch_size) == (
+            theirs.hidden_size, theirs.num_hidden_layers, theirs.num_attention_heads,
+            theirs.patch_size,
+        )  # fmt: skip
+        assert (ours.image_size, ours.intermediate_size) == (
+            theirs.image_size, theirs.intermediate_size,
+        )  # fmt: skip
 
 
 def test_sub_configs_of_another_family(world):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from aa_jax import models
 from aa_jax.errors import MediaError, ModelError
@@ -298,12 +299,44 @@ def test_published_7b_configs(generation, parameters, world):
             dict(text=dict(rope_parameters={"rope_type": "default", "mrope_section": [2, 2, 2]})),
             r"mrope_section \[2, 2, 2\], which must add up to half the head size, 4",
         ),
+        (
+            dict(text=dict(rope_parameters={"mrope_section": [1, 1, 1, 1]})),
+            r"mrope_section \[1, 1, 1, 1\]; it must be three whole numbers",
+        ),
+        (
+            dict(text=dict(rope_parameters={"mrope_section": [5, -2, 1]})),
+            r"mrope_section \[5, -2, 1\]; it must be three whole numbers",
+        ),
         (dict(hidden_size=64), "hidden_size is 64, but text_config.hidden_size is 32"),
+        (dict(image_token_id="x"), "image_token_id is 'x', not one of 40 tokens"),
+        (dict(video_token_id=5), "video_token_id = 5 is image_token_id too"),
+        (
+            dict(vision=dict(model_type="siglip")),
+            "vision_config.model_type is 'siglip'; only parts",
+        ),
+        (
+            dict(vision=dict(rope_parameters={"rope_theta": "x"})),
+            "vision_config.rope_parameters has rope_theta 'x'; it must be a number above 0",
+        ),
     ],
 )
 def test_refusals(changes, message, world, vl):
     with pytest.raises(ModelError, match=message):
         models.build(vl.config(world, "qwen2_5_vl", **changes))
+
+
+def test_windows_begin_at_the_layer_transformers_begins_at(world, vl):
+    """A config that does not say begins them at layer 80, not at the 28 of text models."""
+    text = dict(use_sliding_window=True, sliding_window=4, num_hidden_layers=30)
+    config = vl.config(world, "qwen2_vl", text=text)
+    theirs = transformers.Qwen2VLTextConfig(**text).layer_types
+    ours = models.build(config).config.text
+    assert set(theirs) == {"full_attention"} and ours.window is None
+    text = transformers.Qwen2VLTextConfig(**text | {"num_hidden_layers": 82})
+    config["text_config"] |= {"num_hidden_layers": 82}
+    ours = models.build(config).config.text
+    seen = tuple(i for i, kind in enumerate(text.layer_types) if kind == "full_attention")
+    assert (ours.window, ours.full_layers) == (4, seen) and len(seen) == 80
 
 
 def test_pixels_of_another_processor(small, vl):

@@ -95,7 +95,10 @@ def test_sampler_and_trainer_agree(media, mesh):
     )  # fmt: skip
     seeds = np.arange(len(encoded), dtype=np.uint32)[:, None] + np.uint32([0, 100])
     pairs = actor.respond(params, encoded, seeds)
-    answered = [with_responses(item, pair) for item, pair in zip(encoded, pairs, strict=True)]
+    answered = [
+        with_responses(item, [sample.tokens for sample in pair])
+        for item, pair in zip(encoded, pairs, strict=True)
+    ]
     batch = collate(answered, plan_shapes(answered, "group"), "group")
     logps = actor.logps(params, batch, len(encoded))
     for b, pair in enumerate(pairs):

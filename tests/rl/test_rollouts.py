@@ -129,6 +129,10 @@ def test_the_state_of_another_plan_is_refused(world, actor, count_ones):
     other, _ = rollouts(world, actor, count_ones, seed=4)
     with pytest.raises(DataError, match="another seed.*3.*4"):
         other.set_state(source.get_state())
+    old = {key: value for key, value in source.get_state().items() if key != "rows"}
+    source.set_state(old)  # between two iterations: nothing is missing
+    with pytest.raises(DataError, match="earlier version, in the middle of an iteration"):
+        source.set_state(old | {"buffer": {}})
 
 
 def test_a_response_that_cannot_be_judged_teaches_nothing(world, actor):

@@ -117,7 +117,7 @@ def test_with_one_array_for_all_layers(llava, expected, sent, monkeypatch):
     mesh = make_mesh(data=2, devices=jax.devices()[:2])
     found = run(llava, batch, seeds, mesh=mesh, slots=16, lanes=2)
     assert_same(found, samples)
-    assert sent == [("s32[]", "all-reduce")]
+    assert sent == []  # every device has the whole model, and writes at its own pace
 
 
 def test_one_sample_of_one_prompt(llava, expected):

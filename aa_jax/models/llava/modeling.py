@@ -78,11 +78,15 @@ def read_parts(
     tied = reader.flag("tie_word_embeddings", False) or (text_ties and text.tied)
     layers = reader.get("vision_feature_layer", -2)
     many = isinstance(layers, list | tuple)
+    if many and not layers:
+        reader.problem(
+            "vision_feature_layer", "is an empty list; it must name a layer of the tower"
+        )
     strategy = reader.choice("vision_feature_select_strategy", "default", ("default", "full"))
     feature_layers = []
     for layer in layers if many else (layers,):
         index = layer + vision.num_layers + 1 if isinstance(layer, int) and layer < 0 else layer
-        if not isinstance(index, int) or not 0 <= index <= vision.num_layers:
+        if type(layer) is not int or not 0 <= index <= vision.num_layers:
             reader.problem(
                 "vision_feature_layer",
                 f"names {layer!r}, but the tower has {vision.num_layers} layers",
@@ -96,7 +100,7 @@ def read_parts(
         keep_class_token=strategy == "full",
         projector_bias=reader.flag("multimodal_projector_bias", True),
         projector_act=reader.activation("projector_hidden_act", "gelu"),
-        image_token_id=_image_token(reader),
+        image_token_id=_image_token(reader, text.vocab_size),
     )
 
 
@@ -115,11 +119,12 @@ def _with_tower_defaults(reader: Reader) -> Reader:
     return section
 
 
-def _image_token(reader: Reader) -> int:
+def _image_token(reader: Reader, vocab_size: int) -> int:
     old, new = reader.get("image_token_index", None), reader.get("image_token_id", None)
     if old is not None and new is not None and old != new:
         reader.problem("image_token_id", f"is {new}, but image_token_index is {old}")
-    return 32000 if old is None and new is None else (new if old is None else old)
+    name = "image_token_id" if old is None else "image_token_index"
+    return reader.token(name, 32000, vocab_size)
 
 
 class Projector(nnx.Module):

@@ -42,11 +42,11 @@ class Qwen2AudioConfig:
         # transformers builds an untied head whatever the flags say.
         reader.flag("tie_word_embeddings", False)
         text = dataclasses.replace(text, tied=False)
-        token = reader.get("audio_token_index", reader.get("audio_token_id", 151646))
-        if not isinstance(token, int) or not 0 <= token < text.vocab_size:
-            reader.problem(
-                "audio_token_index", f"is {token!r}, not one of {text.vocab_size} tokens"
-            )
+        old, new = reader.get("audio_token_index", None), reader.get("audio_token_id", None)
+        if old is not None and new is not None and old != new:
+            reader.problem("audio_token_id", f"is {new}, but audio_token_index is {old}")
+        name = "audio_token_index" if new is None else "audio_token_id"
+        token = reader.token(name, 151646, text.vocab_size)
         # The text config's vocabulary counts; ignore_index is the loss's.
         reader.finish(inert=("ignore_index", "vocab_size"))
         return cls(text=text, audio=audio, audio_token_id=token)

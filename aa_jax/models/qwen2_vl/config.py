@@ -7,6 +7,7 @@ from aa_jax.models.config import INERT as BOOKKEEPING
 from aa_jax.models.config import Reader
 from aa_jax.models.decoder import DecoderConfig, Defaults, read_sizes
 from aa_jax.models.qwen.modeling import read_window
+from aa_jax.models.rope import is_number
 
 TEXT_DEFAULTS = Defaults(
     vocab_size=152064,
@@ -101,6 +102,8 @@ class VisionConfig:
                 hidden_act=reader.activation("hidden_act", "quick_gelu"),
                 **sizes,
             )
+            if not config.intermediate_size:
+                reader.problem("mlp_ratio", f"is {reader.raw['mlp_ratio']!r}, which leaves no MLP")
         if hidden % (4 * heads):
             reader.problem(
                 "num_heads",
@@ -130,7 +133,11 @@ def _axial_theta(reader: Reader) -> float:
     if not isinstance(rope, dict) or rope.get("rope_type", "axial") not in ("axial", "default"):
         reader.problem("rope_parameters", f"is {rope!r}; only the rope_type 'axial' is handled")
         return theta
-    return float(rope.get("rope_theta") or theta)
+    theta = theta if rope.get("rope_theta") is None else rope["rope_theta"]
+    if not is_number(theta) or theta <= 0:
+        reader.problem("rope_parameters", f"has rope_theta {theta!r}; it must be a number above 0")
+        return 10000.0
+    return float(theta)
 
 
 def _window(reader: Reader, sizes: dict[str, Any]) -> int:
@@ -178,9 +185,15 @@ class Qwen2VLConfig:
         config = cls(
             text=dataclasses.replace(text, tied=tied),
             vision=vision,
-            image_token_id=reader.get("image_token_id", 151655),
-            video_token_id=reader.get("video_token_id", 151656),
+            image_token_id=reader.token("image_token_id", 151655, text.vocab_size),
+            video_token_id=reader.token("video_token_id", 151656, text.vocab_size),
         )
+        if config.image_token_id == config.video_token_id:
+            reader.problem("video_token_id", f"= {config.video_token_id} is image_token_id too")
+        for part in (text_reader, reader.section("vision_config")):
+            # transformers reads either part by its own class, whatever it is called.
+            if not str(kind := part.get("model_type", "qwen2")).startswith("qwen2"):
+                part.problem("model_type", f"is {kind!r}; only parts of Qwen2-VL are handled")
         if vision.out_size != text.hidden_size:
             reader.problem(
                 "vision_config",
