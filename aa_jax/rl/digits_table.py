@@ -18,6 +18,7 @@ def table(folders: Sequence[Path]) -> str:
     """Markdown: scores and KL per seed, the rest with 95 % intervals over seeds and prompts.
 
     How long answers are is counted in words or in digits drawn; runs with a cost have its mean.
+    Arms that some of the runs lack are named below the table.
 
     Args:
       folders: run directories, one per seed, of the same config.
@@ -48,7 +49,10 @@ def table(folders: Sequence[Path]) -> str:
         size, title = "drawn", "digits drawn"
     columns = (*COLUMNS, title, "mean cost, T = 1") if costs else (*COLUMNS, title)
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in (name for name in found[0] if not name.endswith("_greedy")):
+    rows = list(dict.fromkeys(name for one in found for name in one))
+    rows = [name for name in rows if not name.endswith("_greedy")]
+    partly = [row for row in rows if any(row not in one for one in found)]
+    for row in (row for row in rows if row not in partly):
         arm = row.removesuffix("_by_reward")
         by = "reward" if row != arm else "oracle"
         kls = [
@@ -65,4 +69,6 @@ def table(folders: Sequence[Path]) -> str:
         )
         if costs:
             lines[-1] += f" {across_seeds([scores(f, row)['cost'] for f in folders]).format(3)} |"
+    if partly:
+        lines += ["", f"Not in every run, and left out: {', '.join(partly)}."]
     return "\n".join(lines)

@@ -8,7 +8,8 @@ from aa_jax.sampling.choose import Choice
 from aa_jax.sampling.constraints import Forbid, ImageSpans
 from aa_jax.sampling.filters import filter_logits
 from aa_jax.sampling.generate import Samples, generate, make_sampler
-from aa_jax.sampling.slots import Sample, SlotSampler, Stop
+from aa_jax.sampling.slots import Sample, SlotSampler
+from aa_jax.sampling.stop import Stop
 
 __all__ = [
     "Choice",

@@ -3,16 +3,16 @@
 A slot holds one prompt, prefilled once with its media. Its W lanes write samples of that prompt
 side by side and read the prompt's keys and values without a copy; a lane whose sample has ended
 begins the prompt's next one in the same compiled loop. When a slot's samples are done, the next
-prompt moves in. Nothing waits for the longest response of a batch, and no prompt is computed or
-stored twice.
+prompt moves in; it has been read while the others wrote. Nothing waits for the longest response of
+a batch, and no prompt is computed or stored twice.
 
 A sample depends on its prompt and its seed only: not on slot, lane, neighbours, or who came before.
 """
 
-import bisect
-import dataclasses
 import itertools
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +27,7 @@ from aa_jax.models import caches
 from aa_jax.sampling.choose import Choice
 from aa_jax.sampling.constraints import Constraint
 from aa_jax.sampling.draw import uniforms
+from aa_jax.sampling.stop import Stop
 from aa_jax.sharding.batches import put_batch
 from aa_jax.sharding.mesh import BATCH_AXES, batch_devices
 
@@ -53,44 +54,15 @@ class Sample(NamedTuple):
     finished: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Stop:
-    """Texts that end a response, found on the host while the device writes on.
-
-    The response ends with the token that completes the first of them; both stay in it.
-
-    Attributes:
-      texts: any of them ends a response.
-      decode: ids -> text.
-      every: tokens between two looks; up to so many are written in vain.
-    """
-
-    texts: tuple[str, ...]
-    decode: Callable[[np.ndarray], str]
-    every: int = 16
-
-    def __post_init__(self):
-        if not self.texts or not all(self.texts) or self.every < 1:
-            raise ConfigError(
-                f"stop texts are {self.texts}, looked for every {self.every} tokens: give at least "
-                "one text, none of them empty, and at least 1."
-            )
-
-    def length(self, tokens: np.ndarray) -> int | None:
-        """Tokens up to the one that completes a stop text; None if there is none."""
-
-        def holds(count: int) -> bool:
-            text = self.decode(tokens[:count])
-            return any(stop in text for stop in self.texts)
-
-        if not holds(len(tokens)):
-            return None
-        return bisect.bisect_left(range(1, len(tokens) + 1), True, key=holds) + 1
-
-
 def _row_axis(name: str, array: Any) -> int:
     """Where an entry of the state has its slots or lanes."""
     return array.ndim - 4 if name in _CACHES else 0
+
+
+def _kinds(arrays: Any) -> tuple:
+    """What a compiled program depends on."""
+    leaves, structure = jax.tree.flatten(arrays)
+    return structure, *((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
 
 
 def _to_host(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -161,7 +133,11 @@ class SlotSampler:
         self._ends = np.asarray(sorted(eos_ids), np.int32)
         self._state_places: Any = None
         self._jitted: dict[str, Any] = {}
+        self._decoders: dict[tuple, Callable] = {}
         self._empty: dict[tuple, Callable[[], State]] = {}
+        # By a thread beside the loop: where programs of several processes or devices wait for each
+        # other, two threads could start them in different orders.
+        self._reads_ahead = jax.process_count() == 1 and (self._apart or mesh.size == 1)
 
     # ------------------------------------------------------------------ on the host
 
@@ -193,45 +169,65 @@ class SlotSampler:
                 f"this sampler was made for {self.samples} of 1 to {self.room}."
             )
         found: list[list[Sample]] = [[] for _ in range(count)]
-        pending, holds = list(range(count)), np.full(self.slots, -1)
-        state = None
-        while True:
-            free = np.flatnonzero(holds < 0)
-            # Dealt out to the devices, which write at their own pace.
-            free = free[np.argsort(free % (len(holds) // self._many), kind="stable")]
-            # A prefill costs the same for few rows as for many: it waits for its rows.
-            while pending and len(free) >= (wanted := min(self.prefill_rows, len(pending))):
-                some = pending[:wanted]
-                del pending[: len(some)]
-                batch = prompts(some, self.prefill_rows)
-                inputs = {name: batch[name] for name in _INPUTS if name in batch}
-                if state is None:
-                    state = self._start(params, inputs)
-                state = self._admit(params, state, inputs, free[: len(some)], seeds[some],
-                                    limits[some])  # fmt: skip
-                holds[free[: len(some)]] = some
-                free = free[len(some) :]
-            if not (holds >= 0).any():
-                return found
-            if not pending and len(holds) > self._few >= np.sum(holds >= 0):
-                state, holds = self._narrow(state, holds)
-            wake = len(holds) - (self._few if len(holds) > self._few else 0)
-            if pending:
-                wake = min(self.prefill_rows, len(pending))
-            state = self._jit("decode", self._decode, 1)(params, state, np.int32(wake))
-            state, ended = self._collect(state, holds, found, seeds.shape[1])
-            for prompt in ended if done is not None else ():
-                done(prompt, found[prompt])
+        # A prefill costs the same for few rows as for many: it waits for its rows.
+        waiting = deque(
+            np.split(np.arange(count), range(self.prefill_rows, count, self.prefill_rows))
+        )
 
-    def _start(self, params: Any, inputs: Mapping[str, Any]) -> State:
-        key = tuple(np.shape(x) for x in jax.tree.leaves(inputs))
+        def read() -> Any:
+            batch = prompts(waiting[0].tolist(), self.prefill_rows)
+            inputs = {name: batch[name] for name in _INPUTS if name in batch}
+            return self._jit("read", self._read_prompts)(params, put_batch(inputs, self.mesh))
+
+        def hand_on(ended: list[tuple[int, list[tuple]]]) -> None:
+            for prompt, pairs in ended:
+                found[prompt] = [self._sample(*pair) for pair in pairs]
+                if done is not None:
+                    done(prompt, found[prompt])
+
+        ahead, state, decode, ended = None, None, None, []
+        holds = np.full(self.slots, -1)
+        with ThreadPoolExecutor(1, "decode") as thread:
+            while True:
+                free = np.flatnonzero(holds < 0)
+                # Dealt out to the devices, which write at their own pace.
+                free = free[np.argsort(free % (len(holds) // self._many), kind="stable")]
+                while waiting and len(free) >= len(waiting[0]):
+                    rows = read() if ahead is None else ahead
+                    some, ahead = waiting.popleft(), None
+                    where, free = np.split(free, [len(some)])
+                    state = self._start(rows) if state is None else state
+                    state = self._admit(state, rows, where, seeds[some], limits[some])
+                    holds[where] = some
+                if not (holds >= 0).any():
+                    hand_on(ended)
+                    return found
+                if not waiting and len(holds) > self._few >= np.sum(holds >= 0):
+                    state, holds = self._narrow(state, holds)
+                    decode = None
+                wake = len(holds) - (self._few if len(holds) > self._few else 0)
+                wake = np.int32(len(waiting[0]) if waiting else wake)
+                decode = decode or self._compiled(params, state, wake)
+                if self._reads_ahead:
+                    writing = thread.submit(decode, params, state, wake)
+                    if waiting and ahead is None:
+                        ahead = read()
+                    hand_on(ended)
+                    state = writing.result()
+                else:
+                    hand_on(ended)
+                    state = decode(params, state, wake)
+                state, ended = self._collect(state, holds, seeds.shape[1])
+
+    def _start(self, rows: Any) -> State:
+        key = _kinds(rows)
         if key not in self._empty:
-            self._empty[key] = self._make_empty(params, inputs)
+            self._empty[key] = self._make_empty(rows)
         return self._empty[key]()
 
-    def _make_empty(self, params: Any, inputs: Mapping[str, Any]) -> Callable[[], State]:
-        """A program that makes the state of empty slots, for prompts of these shapes."""
-        shapes = jax.eval_shape(self._new_state, params, inputs)
+    def _make_empty(self, rows: Any) -> Callable[[], State]:
+        """A program that makes the state of empty slots, for prompts that read as these do."""
+        shapes = jax.eval_shape(self._new_state, rows)
         self._state_places = {
             name: jax.tree.map(
                 lambda x, n=name: NamedSharding(
@@ -248,13 +244,7 @@ class SlotSampler:
         return jax.jit(zeros, out_shardings=self._state_places)
 
     def _admit(
-        self,
-        params: Any,
-        state: State,
-        inputs: Mapping[str, Any],
-        where: np.ndarray,
-        seeds: np.ndarray,
-        limits: np.ndarray,
+        self, state: State, rows: Any, where: np.ndarray, seeds: np.ndarray, limits: np.ndarray
     ) -> State:
         slots = np.full(self.prefill_rows, self.slots, np.int32)  # beyond the last: dropped
         slots[: len(where)] = where
@@ -263,13 +253,20 @@ class SlotSampler:
         wide[1, : len(where), : seeds.shape[1]] = limits
         due = np.where(slots < self.slots, seeds.shape[1], 0).astype(np.int32)
         new = {"seeds": wide[0], "limits": wide[1].astype(np.int32), "samples": due}
-        function = self._jit("prefill", self._prefill, 1)
-        return function(params, state, put_batch(dict(inputs), self.mesh), slots, new)
+        return self._jit("move_in", self._move_in)(state, rows, slots, new)
+
+    def _compiled(self, params: Any, state: State, wake: Any) -> Callable:
+        """`_decode`, compiled here: what JAX is told in a `with` holds for this thread only."""
+        key = _kinds((params, state))
+        if key not in self._decoders:
+            jitted = jax.jit(self._decode, donate_argnums=1, out_shardings=self._state_places)
+            self._decoders[key] = jitted.lower(params, state, wake).compile()
+        return self._decoders[key]
 
     def _collect(
-        self, state: State, holds: np.ndarray, found: list[list[Sample]], samples: int
-    ) -> tuple[State, list[int]]:
-        """Takes the samples of slots that are done, and ends those that met a stop text."""
+        self, state: State, holds: np.ndarray, samples: int
+    ) -> tuple[State, list[tuple[int, list[tuple]]]]:
+        """Takes what slots that are done have written, and ends samples that met a stop text."""
         names = ("next", "samples", "live", "sample", "tokens", "logps")
         seen = _to_host({name: state[name] for name in names})
         live = seen["live"].reshape(-1, self.lanes)
@@ -277,8 +274,7 @@ class SlotSampler:
         ended = []
         for slot in np.flatnonzero(done & (holds >= 0)):
             both = zip(seen["tokens"][slot], seen["logps"][slot], strict=True)
-            found[holds[slot]] = [self._sample(*pair) for pair in itertools.islice(both, samples)]
-            ended.append(int(holds[slot]))
+            ended.append((int(holds[slot]), list(itertools.islice(both, samples))))
             holds[slot] = -1
         if self.stop is None or done.all():
             return state, ended
@@ -289,9 +285,9 @@ class SlotSampler:
             written = seen["tokens"][at]
             if self.stop.length(written[written >= 0]) is not None:
                 limits[at] = 1
-        shorten = self._jit("shorten", lambda _, state, new: {
-            **state, "limits": jnp.minimum(state["limits"], new)}, 1)  # fmt: skip
-        return shorten(None, state, limits), ended
+        shorten = self._jit("shorten", lambda state, new: {
+            **state, "limits": jnp.minimum(state["limits"], new)})  # fmt: skip
+        return shorten(state, limits), ended
 
     def _narrow(self, state: State, holds: np.ndarray) -> tuple[State, np.ndarray]:
         """The slots that still write, and some that do not, in a state of few slots."""
@@ -299,7 +295,7 @@ class SlotSampler:
         stay = stay.reshape(-1, self._many).T.reshape(-1)  # to every device as many that write
         lanes = (stay[:, None] * self.lanes + np.arange(self.lanes, dtype=np.int32)).reshape(-1)
 
-        def take(_: Any, state: State, stay: Any, lanes: Any) -> State:
+        def take(state: State, stay: Any, lanes: Any) -> State:
             return {
                 name: jax.tree.map(
                     lambda x, n=name: jnp.take(
@@ -310,7 +306,7 @@ class SlotSampler:
                 for name, entry in state.items()
             }
 
-        return self._jit("narrow", take, ())(None, state, stay, lanes), holds[stay]
+        return self._jit("narrow", take)(state, stay, lanes), holds[stay]
 
     def _sample(self, tokens: np.ndarray, logps: np.ndarray) -> Sample:
         count = int(np.sum(tokens >= 0))
@@ -319,18 +315,19 @@ class SlotSampler:
             count, ended = at, True
         return Sample(tokens[:count].copy(), logps[:count].copy(), ended)
 
-    def _jit(self, name: str, function: Callable, donated: Any) -> Any:
+    def _jit(self, name: str, function: Callable) -> Any:
         if name not in self._jitted:
-            self._jitted[name] = jax.jit(
-                function, donate_argnums=donated, out_shardings=self._state_places
-            )
+            options = dict(donate_argnums=0, out_shardings=self._state_places)
+            if name == "narrow":  # its result is smaller than what it gets
+                del options["donate_argnums"]
+            self._jitted[name] = jax.jit(function, **({} if name == "read" else options))
         return self._jitted[name]
 
     # ------------------------------------------------------------------ inside jit
 
-    def _new_state(self, params: Any, inputs: Mapping[str, Any]) -> State:
+    def _new_state(self, rows: Any) -> State:
         """Its shapes: P slots of S tokens, B = P · W lanes, G samples of R tokens per slot."""
-        hidden, cache, start = self._read_prompts(params, inputs)
+        hidden, cache, start = rows
         lanes = self.slots * self.lanes
 
         def rows(x: Any, count: int) -> Any:
@@ -343,7 +340,7 @@ class SlotSampler:
 
             return jax.tree.map(empty, cache["k"])
 
-        width = inputs["tokens"].shape[1]
+        width = jax.tree.leaves(cache["k"])[0].shape[-2]
         each = jnp.zeros((self.slots, self.samples), jnp.int32)
         written = jnp.zeros((self.slots, self.samples, self.room), jnp.int32)
         number, lane = jnp.zeros(self.slots, jnp.int32), jnp.zeros(lanes, jnp.int32)
@@ -375,10 +372,9 @@ class SlotSampler:
             start = self.constraint.start(jnp.asarray(inputs["tokens"]), last[:, 0])
         return hidden, cache, start
 
-    def _prefill(
-        self, params: Any, state: State, inputs: Mapping[str, Any], slots: Any, new: Any
-    ) -> State:
-        hidden, cache, start = self._read_prompts(params, inputs)
+    def _move_in(self, state: State, rows: Any, slots: Any, new: Any) -> State:
+        """Prompts that were read into slots that are free."""
+        hidden, cache, start = rows
         rows = {
             "prompt_length": cache["length"],
             "prompt_position": cache.get("position", cache["length"]),

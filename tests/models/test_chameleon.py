@@ -135,18 +135,7 @@ def check_parity(chameleon, config, images, folder):
     real = chameleon.real_mask(batch)
     labels = np.random.default_rng(9).integers(0, 40, real.shape).astype(np.int32)
 
-    @jax.jit
-    def run(params):
-        def loss(params):
-            out = masked_logits(model, params, batch)
-            logps = jax.nn.log_softmax(out)
-            picked = jnp.take_along_axis(logps, jnp.asarray(labels)[..., None], axis=-1)[..., 0]
-            return -jnp.sum(jnp.where(real, picked, 0)) / real.sum(), out
-
-        (_, out), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return out, grads
-
-    out, grads = run(params)
+    out, grads = chameleon.evaluate(model, masked_logits)(params, batch, labels)
     expected = chameleon.torch_logits(reference, batch, images)
     np.testing.assert_allclose(np.asarray(out)[real], expected.detach().numpy(), atol=1e-4, rtol=0)
     chameleon.torch_cross_entropy(expected, labels[real].astype(np.int64)).backward()

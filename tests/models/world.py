@@ -202,7 +202,7 @@ def torch_cross_entropy(logits, labels):
     return torch.nn.functional.cross_entropy(logits, torch.tensor(labels))
 
 
-def evaluate(model):
+def evaluate(model, logits=logits):
     """jitted ``(params, batch, labels [B,T]) -> (logits, gradients)``, loss over real tokens."""
 
     def loss(params, batch, labels):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from aa_jax.errors import ConfigError
@@ -80,3 +81,28 @@ def test_unknown_labels_are_refused_before_anything_runs(tmp_path):
     with pytest.raises(ConfigError, match="'people'.*oracle, annotators"):
         digits_run.run(tmp_path / "run", labels="people", **TINY)
     assert not (tmp_path / "run").exists()
+
+
+def finished(folder, seed, arms):
+    """A folder as a finished run leaves it, of scores without meaning."""
+    rng, values = np.random.default_rng(seed), {}
+    for row in ("initial", *arms):
+        for name in (row, row + "_greedy"):
+            values[name] = {"reward": 1.0}
+            scores = {"mean": rng.random(20).tolist(), "words": [3.0] * 20}
+            path = folder / f"evaluate_rl/{name}_scores.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(scores))
+    cells = [{"arm": arm, "lr": 1e-4, "kl": 0.5} for arm in arms]
+    chosen = {"oracle": dict.fromkeys(arms, 1e-4)}
+    for stage, found in (("evaluate_rl", values), ("rl", {"cells": cells, "chosen": chosen})):
+        (folder / stage).mkdir(exist_ok=True)
+        (folder / stage / "done.json").write_text(json.dumps({"summary": found, "seconds": 1}))
+    return folder
+
+
+def test_a_table_of_runs_of_unequal_arms(tmp_path):
+    runs = [finished(tmp_path / "0", 0, ["grpo", "ppo"]), finished(tmp_path / "1", 1, ["ppo"])]
+    table = digits_table.table(runs).splitlines()
+    assert [line.split(" | ")[0] for line in table[2:4]] == ["| initial", "| ppo"]
+    assert table[4:] == ["", "Not in every run, and left out: grpo."]

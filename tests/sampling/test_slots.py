@@ -2,13 +2,14 @@
 
 import importlib.util
 import re
+import threading
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from aa_jax.errors import ConfigError
+from aa_jax.errors import ConfigError, DataError
 from aa_jax.models import caches
 from aa_jax.sampling import Choice, Forbid, SlotSampler, Stop, generate, make_sampler
 from aa_jax.sharding import make_mesh
@@ -33,16 +34,19 @@ def rows(batch, indices, count):
     return jax.tree.map(lambda x: x[where], batch)
 
 
-def run(llava, batch, seeds, mesh=None, limits=None, **options):
+def run(llava, batch, seeds, mesh=None, limits=None, asked=lambda indices: None, **options):
     model, params = llava
     sampler = SlotSampler(
         model, mesh or make_mesh(devices=jax.devices()[:1]),
         **{"slots": 3, "samples": seeds.shape[1], "max_new_tokens": NEW, "eos_ids": ENDS,
            **options},
     )  # fmt: skip
-    return sampler.run(
-        params, len(seeds), lambda indices, count: rows(batch, indices, count), seeds, limits
-    )
+
+    def collate(indices, count):
+        asked(indices)
+        return rows(batch, indices, count)
+
+    return sampler.run(params, len(seeds), collate, seeds, limits)
 
 
 @pytest.fixture(scope="module")
@@ -85,21 +89,16 @@ def test_a_seed_gives_its_text_in_any_slot_and_lane(llava, expected, options):
 @pytest.fixture
 def sent(monkeypatch):
     """What devices send each other in a decoding loop: kinds of collectives, with their shapes."""
-    found, jit = [], SlotSampler._jit
+    found, compiled = [], SlotSampler._compiled
 
-    def recorded(self, name, function, donated):
-        program = jit(self, name, function, donated)
-        if name == "decode" and not found:
-
-            def first(*args):
-                text = program.lower(*args).compile().as_text()
-                found.extend(re.findall(r"= (\S+) (all-\w+|collective-\w+|reduce-scatter)\(", text))
-                return program(*args)
-
-            return first
+    def recorded(self, *args):
+        program = compiled(self, *args)
+        if not found:
+            kinds = r"= (\S+) (all-\w+|collective-\w+|reduce-scatter)\("
+            found.extend(re.findall(kinds, program.as_text()))
         return program
 
-    monkeypatch.setattr(SlotSampler, "_jit", recorded)
+    monkeypatch.setattr(SlotSampler, "_compiled", recorded)
     return found
 
 
@@ -189,10 +188,39 @@ def test_a_prompt_is_prefilled_once(llava, expected, monkeypatch):
 
     sampler.run(params, COUNT, collate, seeds)
     assert asked == list(range(COUNT))
-    shapes = jax.eval_shape(sampler._new_state, params, rows(batch, [0], 1))
+    read = jax.eval_shape(sampler._read_prompts, params, rows(batch, [0], 1))
+    shapes = jax.eval_shape(sampler._new_state, read)
     # Of each layer one per slot, and room for responses per lane.
     assert [x.shape for x in shapes["prompt_k"]] == 2 * [(2, 2, LENGTH, 6)]
     assert [x.shape for x in shapes["k"]] == 2 * [(4, 2, NEW, 6)]
+
+
+def test_the_next_prompts_are_read_while_others_write(llava, expected, monkeypatch):
+    batch, seeds, samples = expected
+    compiled, asked = SlotSampler._compiled, threading.Event()
+
+    def held_up(self, *args):
+        program = compiled(self, *args)
+
+        def decode(*args):
+            assert asked.wait(60)
+            return program(*args)
+
+        return decode
+
+    monkeypatch.setattr(SlotSampler, "_compiled", held_up)
+    wanted = lambda indices: 1 in indices and asked.set()  # noqa: E731
+    assert_same(run(llava, batch, seeds, slots=1, asked=wanted), samples)
+
+
+def test_prompts_that_cannot_be_read(llava, expected):
+    def asked(indices):
+        if 3 in indices:
+            raise DataError("image 3 is damaged")
+
+    batch, seeds, _ = expected
+    with pytest.raises(DataError, match="image 3"):
+        run(llava, batch, seeds, slots=1, asked=asked)
 
 
 def test_what_cannot_be_is_refused(llava, expected):
