@@ -154,6 +154,10 @@ def train(
             "turns too: set train_on='last' in the data's limits."
         )
     shapes, groups = data.shapes(layout), None
+    if layout == "preference" or pack_length:
+        option = f"pack_length={pack_length}" if pack_length else "share_prefix=True"
+        for part in (data, held_out):
+            _check_rope(model, part, option)
     if pack_length:
         if layout != "supervised" or row.extras(options):
             raise ConfigError(
@@ -228,6 +232,22 @@ def train(
         "seconds": time.perf_counter() - started,
     }
     return state["params"], figures
+
+
+def _check_rope(model: Model, data: Any, option: str) -> None:
+    """Refuses sequences that would take their rotary angles from others of their row."""
+    rope = getattr(model.config, "text", model.config).rope
+    if rope.context is None or data is None:
+        return
+    longest = max(size.prompt + max(size.responses, default=0) for size in data.sizes)
+    if longest > rope.context:
+        raise ConfigError(
+            f"train.{option} puts several sequences into one row, but this model's rotary angles "
+            f"(rope_type {rope.kind!r}) depend on a row's length beyond {rope.context} tokens, and "
+            f"the longest sequence has {longest}: log-probs would depend on the neighbours. Set "
+            "train.share_prefix=False and leave out pack_length, or drop longer examples with "
+            f"data.limits.max_length={rope.context}."
+        )
 
 
 def _packed_shapes(sizes: Sequence[Sizes], single: Shapes, length: int) -> Shapes:
