@@ -154,6 +154,10 @@ def train(
             "turns too: set train_on='last' in the data's limits."
         )
     shapes, groups = data.shapes(layout), None
+    if layout == "preference" or pack_length:
+        option = f"pack_length={pack_length}" if pack_length else "share_prefix=True"
+        for part in (data, held_out):
+            _check_rope(model, part, option)
     if pack_length:
         if layout != "supervised" or row.extras(options):
             raise ConfigError(
@@ -228,6 +232,22 @@ def train(
         "seconds": time.perf_counter() - started,
     }
     return state["params"], figures
+
+
+def _check_rope(model: Model, data: Any, option: str) -> None:
+    """Refuses sequences that would take their rotary angles from others of their row."""
+    rope = getattr(model.config, "text", model.config).rope
+    if rope.context is None or data is None:
+        return
+    longest = max(size.prompt + max(size.responses, default=0) for size in data.sizes)
+    if longest > rope.context:
+        raise ConfigError(
+            f"train.{option} puts several sequences into one row, but this model's rotary angles "
+            f"(rope_type {rope.kind!r}) depend on a row's length beyond {rope.context} tokens, and "
+            f"the longest sequence has {longest}: log-probs would depend on the neighbours. Set "
+            "train.share_prefix=False and leave out pack_length, or drop longer examples with "
+            f"data.limits.max_length={rope.context}."
+        )
 
 
 def _packed_shapes(sizes: Sequence[Sizes], single: Shapes, length: int) -> Shapes:
@@ -339,10 +359,10 @@ def reference_logps(
       form: collates a list of them.
       batch_rows: pairs per batch.
       mesh: device mesh.
-      cache: npz file; used if it was made from these very parameters and pairs.
+      cache: npz file; used if it was made by this very model from these parameters and pairs.
     """
     path = Path(cache) if cache else None
-    key = _fingerprint(params, data) if path else ""
+    key = _fingerprint(model, params, data) if path else ""
     if path and hosts.first(path.exists()):
         try:
             stored = np.load(path)
@@ -388,19 +408,33 @@ def _in_order(
         yield put_batch(batch, mesh, own)
 
 
-def _fingerprint(params: Mapping[str, Any], data: Any) -> str:
-    """A hash of parameters and pairs: what the cached numbers depend on."""
-    digest = hashlib.sha256()
+def _fingerprint(model: Model, params: Mapping[str, Any], data: Any) -> str:
+    """A hash of model, parameters and pairs: all that the cached numbers depend on."""
+    # The parameters do not say how they are used: rope, norms, windows, an adapter's strength.
+    used = f"{model.family} {model.dtype} {model.config} {model.variant}"
+    digest = hashlib.sha256(used.encode())
+
+    def add(name: str, array: Any) -> None:
+        array = np.ascontiguousarray(array)
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(array.tobytes())
+
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(hosts.to_host(leaf)).tobytes())
+        add(jax.tree_util.keystr(path), hosts.to_host(leaf))
     for index in range(len(data)):
         item = data[index]
         twin = item.meta.get("mismatched")
-        for part in (item.prompt, *item.responses, *(twin.responses if twin else ())):
-            digest.update(np.asarray(part, np.int32).tobytes() + b"|")
+        add("prompt", item.prompt)
+        for response in (*item.responses, *(twin.responses if twin else ())):
+            add("response", response)
+        # Pixels are not all there is to a medium: the time between a video's frames is here.
+        if item.positions is not None:
+            add("positions", item.positions)
+            add("next", np.int64(item.next_position))
+        if item.media:
+            add("feature_index", item.feature_index)
         for name in sorted(item.media):
-            digest.update(np.ascontiguousarray(item.media[name]).tobytes())
+            add(name, item.media[name])
     return digest.hexdigest()
 
 

@@ -166,6 +166,7 @@ def media_key(items: Sequence[tuple[str, Any]]) -> str | None:
         else:
             head, data = f"{item.mode} {item.size}", item.tobytes()
             head += f" {item.getpalette('RGBA')}" if item.mode in ("P", "PA") else ""
+            head += f" {item.getexif().get(0x0112, 1)}"  # the pixels are held as they came
         digest.update(f"{kind} {head} {len(data)} ".encode())
         digest.update(data)
     return digest.hexdigest() if items else None

@@ -137,6 +137,9 @@ def read(path: str | os.PathLike[str], model: Model) -> tuple[Lora, dict[str, np
     names, rules = model.names, _rules(model)
     shapes = {k: x.shape for k, x in flatten(plain(model).abstract()).items()}
     leaf_of = {hf: path for path, rule in rules.items() for hf in rule.hf_names(shapes[path])}
+    if tied := _tied(model, rules):
+        head, table = tied
+        leaf_of[head] = leaf_of[table]
     adapted_layers, whole, problems = set(), set(), []
     entries: dict[str, safetensors.Entry] = {}
     for stored, entry in found.items():
@@ -165,6 +168,13 @@ def read(path: str | os.PathLike[str], model: Model) -> tuple[Lora, dict[str, np
     adapted = flatten(model.edit(dataclasses.replace(model.variant, lora=lora)).abstract())
     expected = _pieces(model, lora, rules, adapted)
     problems += [f"{name} is missing" for name in expected if name not in entries]
+    if tied := _tied(model, rules, lora):
+        both = [entries.get(_stored_name(model, name, "")) for name in tied]
+        if None in both or not np.array_equal(*(entry.read() for entry in both)):
+            problems.append(
+                f"{' and '.join(tied)} are one here, but two in it (peft keeps them one with "
+                "ensure_weight_tying)"
+            )
     problems += [
         f"{name} has shape {list(entries[name].shape)}, the model and r = {lora.rank} ask for "
         f"{list(piece.hf_shape(adapted[piece.leaf].shape))}"
@@ -221,7 +231,21 @@ def _pieces(
             add(layer + leaf, rule, TRANSPOSE, end)
     for path in _saved_whole(lora, rules):
         add(path, rules[path], rules[path].transform)
+    if tied := _tied(model, rules, lora):
+        head, table = tied
+        pieces[_stored_name(model, head, "")] = pieces[_stored_name(model, table, "")]
     return pieces
+
+
+def _tied(model: Model, rules: dict[str, Rule], lora: Lora | None = None) -> tuple[str, str] | None:
+    """(head, embedding) names of a model that ties them; with ``lora`` only where they train in
+    full: peft holds a copy of each, so both are stored, or its head would stay the base's."""
+    pair = model.names.tied
+    if pair is None or pair[0] in {rule.hf for rule in rules.values()}:
+        return None
+    if lora is not None and pair[1] not in {rules[path].hf for path in lora.full}:
+        return None
+    return pair
 
 
 def _stored_name(model: Model, hf: str, end: str) -> str:
@@ -249,6 +273,8 @@ def _config(model: Model, lora: Lora, rules: dict[str, Rule], base: Any) -> dict
         for path in lora.full
         for hf in rules[path].hf_names(leaves[path].shape)
     }
+    if tied := _tied(model, rules, lora):
+        whole.add(model.names.in_memory(tied[0]).rpartition(".")[0])
     return {
         "peft_type": "LORA",
         "task_type": None if hasattr(model.config, "text") else "CAUSAL_LM",
@@ -263,6 +289,7 @@ def _config(model: Model, lora: Lora, rules: dict[str, Rule], base: Any) -> dict
         "inference_mode": True,
         "target_modules": "|".join(patterns),
         "modules_to_save": sorted(whole) or None,
+        **({"ensure_weight_tying": True} if tied else {}),
     }
 
 

@@ -37,6 +37,12 @@ class Rope:
         """Whether the angles depend on how long the row is."""
         return KINDS[self.kind].at is not None
 
+    @property
+    def context(self) -> int | None:
+        """Positions up to which a row's length changes nothing; None: it never does."""
+        original = dict(self.scaling).get("original_max_position_embeddings", self.max_positions)
+        return original if self.by_length else None
+
     def frequencies(self) -> tuple[np.ndarray, float]:
         """Angles per position, fp32 [dim / 2], and the factor on cos and sin.
 

@@ -107,6 +107,19 @@ def test_the_size_of_a_turned_image_is_that_of_its_pixels(form, kit):
         assert (got.height, got.width) == (60, 40)
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_an_opened_image_that_is_to_be_turned_has_a_key_of_its_own(form, kit):
+    """Opened images hold the same numbers whichever way up they are."""
+    exif, image = Image.Exif(), kit.random_image(0, 40, 40)
+    exif[0x0112] = 6
+    files = kit.image_bytes(image, form), kit.image_bytes(image, form, exif=exif)
+    opened = [Image.open(io.BytesIO(data)) for data in files]
+    keys = [media.media_key([("image", value)]) for value in opened]
+    assert keys[0] != keys[1]
+    found = [np.asarray(media.decode_image(value)) for value in opened]
+    assert not np.array_equal(*found)
+
+
 def test_broken_exif_is_decoded_without_a_word_and_without_touching_the_filters(kit, tmp_path):
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "words" * 10

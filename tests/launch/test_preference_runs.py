@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from aa_jax import models, recipes, runs
+from aa_jax.data.collate import plan_shapes
 from aa_jax.data.processor import Processor
 from aa_jax.data.tokens import Sizes
 from aa_jax.errors import ConfigError
@@ -87,3 +88,46 @@ def test_kto_refuses_earlier_turns_in_the_response(checkpoint, tmp_path):
             "kto", model=model, params=params, examples=EarlierTurns(), workdir=tmp_path,
             processor=Processor.from_pretrained(checkpoint), mesh=make_mesh(), optim={"lr": 1e-3},
         )  # fmt: skip
+
+
+class Unread(EarlierTurns):
+    """Encoded pairs of known lengths."""
+
+    sizes = [Sizes(prompt=9, responses=(3, 4)), Sizes(prompt=5, responses=(2, 1))]
+
+    def shapes(self, layout):
+        return plan_shapes(self.sizes, layout)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_angles_that_depend_on_the_row_are_not_shared(kind, checkpoint, tmp_path):
+    """A pair's longer response would change the log-probs of the other."""
+    numbers = {
+        "dynamic": {"factor": 2.0},
+        "longrope": {
+            "original_max_position_embeddings": 12,
+            "short_factor": [1.0, 1.0], "long_factor": [2.0, 2.0],
+        },
+    }[kind]  # fmt: skip
+    rope = {"rope_type": kind, "rope_theta": 100.0, **numbers}
+    sizes = dict(vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=1)
+    heads = dict(num_attention_heads=2, rope_parameters=rope)
+    llama = {"architectures": ["LlamaForCausalLM"], **sizes, **heads}
+
+    def train(recipe, positions, **options):
+        if kind == "longrope":
+            rope["original_max_position_embeddings"] = positions
+        model = models.build({**llama, "max_position_embeddings": positions})
+        recipes.train(
+            recipe, model=model, params={}, examples=Unread(), workdir=tmp_path,
+            processor=Processor.from_pretrained(checkpoint), mesh=make_mesh(), optim={"lr": 1e-3},
+            **options,
+        )  # fmt: skip
+
+    with pytest.raises(ConfigError, match="share_prefix=True puts .* beyond 12 .* has 13"):
+        train("dpo", 12)
+    with pytest.raises(ConfigError, match=f"pack_length=64 puts .*{kind!r}"):
+        train("sft", 12, pack_length=64)
+    for positions, share in ((13, True), (12, False)):
+        with pytest.raises(ConfigError, match="not the same tree"):  # on to the parameters
+            train("dpo", positions, share_prefix=share)

@@ -11,6 +11,7 @@ import peft as hf_peft
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 from scipy import stats
 
 from aa_jax import models
@@ -248,6 +249,33 @@ def test_folders_go_both_ways(full, world, tmp_path):
     target, dense = adapt.dense(adapted, params)
     assert target.variant == model.variant
     np.testing.assert_allclose(our_logits(world, target, dense, batch), expected, atol=1e-4, rtol=0)
+
+
+def test_a_tied_head_goes_with_its_embedding(world, tmp_path):
+    """peft copies every module it trains in full, so the head must be in the folder too; a folder
+    whose head stayed behind is another model than a tied one."""
+    config, batch = world.llama_config(tie_word_embeddings=True), world.text_batch([9, 6], 10)
+    reference, model, params = world.pair(config, tmp_path / "base")
+    adapted, params = adapt.attach(model, params, rank=2, targets=["q_proj"], full=["embed/*"])
+    params = moved(params)
+    params["embed"]["weight"] = 1.25 * params["embed"]["weight"]
+    peft.save(tmp_path / "ours", adapted, params)
+    wrapped = hf_peft.PeftModel.from_pretrained(reference, tmp_path / "ours").eval()
+    expected = our_logits(world, adapted, params, batch)
+    with torch.no_grad():
+        theirs = world.torch_logits(wrapped, batch).numpy()
+    np.testing.assert_allclose(theirs, expected, atol=1e-4, rtol=0)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    plain, start = models.load(tmp_path / "base")
+    again, back = adapt.attach(plain, start, path=tmp_path / "theirs")
+    assert again.variant == adapted.variant
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+    file = tmp_path / "theirs" / "adapter_model.safetensors"
+    tensors, head = load_file(file), "base_model.model.lm_head.weight"
+    for other in ({head: 0.8 * tensors[head]}, {}):
+        save_file({k: v for k, v in tensors.items() if k != head} | other, file)
+        with pytest.raises(CheckpointError, match="lm_head.weight and model.embed.* are one here"):
+            adapt.attach(plain, start, path=tmp_path / "theirs")
 
 
 def test_the_reference_is_the_base_on_the_same_arrays(world, tmp_path):
