@@ -129,6 +129,7 @@ def train(
         data = EncodedExamples(prompts, processor, Limits(**(limits or {})))
     sampling = dict(sampling)
     new = sampling.pop("max_new_tokens")
+    _check_rope(model, max(size.prompt for size in data.sizes) + new)
     actor = Actor(
         model, processor, mesh, prompt=plan_shapes(data.sizes, "prompt"), max_new_tokens=new,
         **sampling,
@@ -250,6 +251,19 @@ def _check(
     if row.kl == "reward" and (objective or {}).get("kl_coef"):
         raise ConfigError(
             f"{name} pays the KL in the reward: set kl.coef instead of objective.kl_coef."
+        )
+
+
+def _check_rope(model: Model, longest: int) -> None:
+    """Refuses responses during which the rotary angles would change."""
+    rope = getattr(model.config, "text", model.config).rope
+    if rope.context is not None and longest > rope.context:
+        raise ConfigError(
+            f"The longest prompt with its response has {longest} tokens, and this model's rotary "
+            f"angles (rope_type {rope.kind!r}) depend on the length beyond {rope.context}: keys in "
+            "the sampler's cache keep the angles of the length they were written at, so its "
+            "log-probs would not be the trainer's. Lower sampling.max_new_tokens, or drop longer "
+            "prompts with limits.max_prompt_length."
         )
 
 

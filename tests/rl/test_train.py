@@ -1,5 +1,7 @@
 """Every algorithm trains, starts from ratio 1, leaves frozen parts alone and survives a kill."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -168,6 +170,15 @@ def test_a_critic_of_its_own_and_its_learning_rate(world, count_ones, tmp_path):
 def test_mistakes_are_named(world, count_ones, tmp_path, algorithm, changes, words):
     with pytest.raises(ConfigError, match=words):
         run(world, count_ones, tmp_path, algorithm, **changes)
+
+
+def test_angles_that_change_with_the_length_are_refused(world, count_ones, tmp_path):
+    model = world[0]
+    text = model.config.text
+    rope = dataclasses.replace(text.rope, kind="dynamic", max_positions=8)
+    config = dataclasses.replace(model.config, text=dataclasses.replace(text, rope=rope))
+    with pytest.raises(ConfigError, match="beyond 8: .*sampling.max_new_tokens"):
+        run(world, count_ones, tmp_path, model=dataclasses.replace(model, config=config))
 
 
 def test_controller():
