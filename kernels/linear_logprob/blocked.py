@@ -111,8 +111,12 @@ def gradients(hidden, head, bias, targets, mask, order, rows: Rows, spec, engine
     # A where, not a product: hidden states and cotangents of masked tokens may be anything.
     hidden = jnp.where(mask[:, None], hidden, 0)
     rows = jax.tree.map(lambda x: jnp.where(mask, x, 0)[:, None], rows)
+    # Their logits are the bias, and its exponential may be inf, unless the sum is larger still.
+    most = -tile.LOWEST
+    lse = jnp.where(mask[:, None], rows.lse, most)
     cut, join = _cutter(targets.shape[0], spec.chunk, order)
-    blocks = cut(hidden), cut(targets), jax.tree.map(cut, rows)
+    rows = jax.tree.map(cut, rows)._replace(lse=cut(lse, most))
+    blocks = cut(hidden), cut(targets), rows
     live = cut(mask).any(1)
 
     def over_vocabulary(dhidden, one):
@@ -168,13 +172,13 @@ def _tiles(weight, bias, spec) -> Tiles:
 
 
 def _cutter(tokens, chunk, order):
-    """-> (cut: [N, ...] -> [n, C, ...], join: its inverse). Padding rows are zeros: masked."""
+    """-> (cut: [N, ...] -> [n, C, ...], join: its inverse). Padding rows, zeros, are masked."""
     count = -(-tokens // chunk)
     padding = count * chunk - tokens
 
-    def cut(x):
+    def cut(x, fill=0):
         x = x if order is None else x[order]
-        x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+        x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
         return x.reshape(count, chunk, *x.shape[1:])
 
     def join(x):

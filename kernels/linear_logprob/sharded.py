@@ -102,6 +102,14 @@ class _Static:
     def __hash__(self):
         return hash(self.parts)
 
+    def mine(self, targets, head):
+        """Where targets are in this device's part of the vocabulary; -1 matches nothing.
+
+        Other numbers would: a part is filled up to whole tiles.
+        """
+        targets = targets - jax.lax.axis_index(self.vocab) * head.shape[0]
+        return jnp.where((targets >= 0) & (targets < head.shape[0]), targets, -1)
+
     def run(self, function, specs, outs, *arrays):
         """``function`` on every device; its arrays divided as `specs` say."""
         mapped = jax.shard_map(
@@ -119,8 +127,7 @@ def _fwd(hidden, head, bias, targets, mask, static):
     rows, parts = P(static.tokens), P(static.vocab)
 
     def forward(hidden, head, bias, targets, mask):
-        # Targets of other devices' entries are out of range here and match nothing.
-        mine = targets - jax.lax.axis_index(static.vocab) * head.shape[0]
+        mine = static.mine(targets, head)
         partial = blocked.partials(
             hidden,
             head,
@@ -145,7 +152,7 @@ def _bwd(static, residuals, cotangents):
     rows, parts = P(static.tokens), P(static.vocab)
 
     def backward(hidden, head, bias, targets, mask, values):
-        mine = targets - jax.lax.axis_index(static.vocab) * head.shape[0]
+        mine = static.mine(targets, head)
         values = blocked.Rows(*values)
         dhidden, dhead, dbias = blocked.gradients(
             hidden,

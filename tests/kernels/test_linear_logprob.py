@@ -122,6 +122,22 @@ def test_blocks_cut_along_the_vocabulary_do_not_change_the_result(
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kept", [9, N])
+def test_a_large_bias_of_tokens_that_do_not_count(one_device, kept):
+    """The logits of masked and of filled-up tokens are the bias, whose exponential is inf."""
+    p = problem()
+    p.bias, mask = p.bias + 300, jnp.arange(N) < kept
+    values, grads = torch_oracle(p, mask=mask)
+    spec = Spec(1.0, None, True, 8, 8)
+
+    def fn(hidden, head, bias):
+        return tuple(xla.linear_logprob(hidden, head, p.targets, mask, bias, spec, platform="gpu"))
+
+    outs, pull = jax.vjp(fn, p.hidden, p.head, p.bias)
+    for got, exact in zip((*outs, *pull(tuple(p.cotangents))), values + grads, strict=True):
+        np.testing.assert_allclose(got, exact, atol=1e-4)
+
+
 def test_the_default_on_one_cpu_keeps_small_logits_and_cuts_large_ones(one_device, monkeypatch):
     monkeypatch.setitem(xla.BLOCK, "cpu", (512, 64))
     monkeypatch.setitem(xla.KEPT_BYTES, "cpu", 4 * 96 * 200)
@@ -309,11 +325,16 @@ def test_errors_list_the_choices():
             linear_logprob(p.hidden, p.head, p.targets, **{name: zero})
 
 
-@pytest.mark.parametrize("need_entropy", [True, False])
-def test_explicitly_divided_vocabulary_equals_float64(need_entropy):
+@pytest.mark.parametrize(
+    "need_entropy, vocab", [(True, 40), (False, 40), (True, 44)], ids=["", "no entropy", "uneven"]
+)
+def test_explicitly_divided_vocabulary_equals_float64(need_entropy, vocab):
+    """Also where a device's part, 11 entries, is filled up to whole tiles of 4."""
     from jax.sharding import AxisType
 
-    p = problem(n=24, d=8, v=40)
+    p = problem(n=24, d=8, v=vocab)
+    firsts = vocab // 4 * jnp.arange(4)  # one's first entry follows another's last
+    p.targets, p.mask = p.targets.at[:4].set(firsts), p.mask.at[:4].set(True)
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     spec = Spec(0.7, 3.0, need_entropy, chunk=5, tile=4)
     if not need_entropy:

@@ -42,8 +42,11 @@ def oracle(hidden, head, bias, targets, mask, cotangents, temperature, softcap):
     return [x.detach().numpy() for x in outs], [x.grad.numpy() for x in leaves]
 
 
-def run(dtype, *, temperature=1.0, softcap=None, masked=True, dirty=False, interpret=True):
+def run(
+    dtype, *, temperature=1.0, softcap=None, masked=True, dirty=False, shift=0.0, interpret=True
+):
     hidden, head, bias, targets, mask, cotangents = problem(dtype)
+    bias = bias + shift
     mask = mask if masked else jnp.ones(N, bool)
     want = oracle(hidden, head, bias, targets, mask, cotangents, temperature, softcap)
     if dirty:
@@ -90,6 +93,15 @@ def test_masked_tokens_are_exactly_zero_whatever_they_hold():
         np.testing.assert_allclose(got, exact, atol=1e-5)
     for x in (*outs, grads[0]):
         assert (np.asarray(x)[~mask] == 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_large_bias_of_tokens_that_do_not_count(masked):
+    """The exponential of their logits is inf."""
+    outs, grads, want, _ = run(jnp.float32, masked=masked, shift=300.0)
+    for got, exact in zip((*outs, *grads), want[0] + want[1], strict=True):
+        np.testing.assert_allclose(got, exact, atol=1e-4)
 
 
 @pytest.mark.slow
