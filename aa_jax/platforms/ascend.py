@@ -10,13 +10,15 @@ from aa_jax.platforms.base import Platform
 # Elementwise arithmetic, shapes, matrix products, reductions, loops and indexed access: what a
 # decoder and its towers need. Not among them: sort (top-p sampling), convolutions (patches are
 # matrix products), random number instructions (keys are integer arithmetic), any custom call.
+# A composite (the error function, in exports of JAX 0.12) names a function of the module, whose
+# operations are held to this list like all others.
 OPERATIONS = frozenset(
     "stablehlo." + name
     for name in """
-    abs add and bitcast_convert broadcast_in_dim compare concatenate constant convert cosine divide
-    dot_general dynamic_slice dynamic_update_slice exponential gather iota is_finite log
-    log_plus_one maximum minimum multiply negate not optimization_barrier or pad power reduce
-    reduce_window remainder reshape return reverse rsqrt scatter select shift_left
+    abs add and bitcast_convert broadcast_in_dim compare composite concatenate constant convert
+    cosine divide dot_general dynamic_slice dynamic_update_slice exponential gather iota
+    is_finite log log_plus_one maximum minimum multiply negate not optimization_barrier or pad
+    power reduce reduce_window remainder reshape return reverse rsqrt scatter select shift_left
     shift_right_logical sign sine slice sqrt subtract tanh transpose while xor
     """.split()
 )

@@ -56,7 +56,7 @@ def _equation(equation: Any, wanted: Sequence[bool]) -> tuple[int, list[bool]]:
         depth = math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
         return 2 * math.prod(equation.outvars[0].aval.shape) * depth, everything
     if name == "scan":
-        return _scan(params, wanted)
+        return _scan(equation, wanted)
     if name == "cond":
         found = [_count(branch, wanted)[0] for branch in params["branches"]]
         return max(found), everything
@@ -82,8 +82,17 @@ def _rounds(equation: Any) -> int:
     return int(stated[-1]) if stated else 1
 
 
-def _scan(params: Any, wanted: Sequence[bool]) -> tuple[int, list[bool]]:
-    consts, carry, jaxpr = params["num_consts"], params["num_carry"], params["jaxpr"]
+def _scan(equation: Any, wanted: Sequence[bool]) -> tuple[int, list[bool]]:
+    params = equation.params
+    jaxpr = getattr(params["jaxpr"], "jaxpr", params["jaxpr"])
+    # By their shapes, for JAX's parameters have changed names: what is sliced, or stacked, has one
+    # axis more outside, and what is left of the results is carried.
+    outside = [len(v.aval.shape) for v in (*equation.invars, *equation.outvars)]
+    inside = [len(v.aval.shape) for v in (*jaxpr.invars, *jaxpr.outvars)]
+    same = [a == b for a, b in zip(outside, inside, strict=True)]
+    inputs = len(equation.invars)
+    carry = sum(same[inputs:])
+    consts = sum(same[:inputs]) - carry
     wanted = list(wanted)
     while True:  # a carried value that a wanted one reads is wanted in the round before
         flops, reads = _count(jaxpr, wanted)

@@ -31,8 +31,47 @@ def streamed(function: Callable[..., tuple[Any, Any]], held: Any, *others: Any) 
     traced, result = jax.make_jaxpr(function, return_shape=True)(
         jax.tree.unflatten(tree, shapes), *others
     )
-    program = _Program(traced, [*flat, *jax.tree.leaves(others)], len(flat))
+    program = _Program(_written_out(traced), [*flat, *jax.tree.leaves(others)], len(flat))
     return jax.tree.unflatten(jax.tree.structure(result), program.run())
+
+
+def _written_out(closed: Any) -> Any:
+    """The program without the calls that ask to be inlined, which newer versions of JAX keep: one
+    of them over the whole state would tie all of it together."""
+    if not any(map(_asks, closed.jaxpr.eqns)):
+        return closed
+    shapes = [
+        jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type)
+        for v in closed.jaxpr.invars
+    ]
+    return jax.make_jaxpr(lambda *values: _call(closed, values))(*shapes)
+
+
+def _asks(equation: Any) -> bool:
+    return bool(equation.params.get("inline")) and "jaxpr" in equation.params
+
+
+def _call(closed: Any, values: Any) -> list[Any]:
+    jaxpr = closed.jaxpr
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *values), strict=True))
+    _evaluate(jaxpr.eqns, env)
+    return [_read(var, env) for var in jaxpr.outvars]
+
+
+def _evaluate(equations: list[Any], env: dict[Any, Any]) -> None:
+    for equation in equations:
+        values = [_read(var, env) for var in equation.invars]
+        if _asks(equation):
+            found = _call(equation.params["jaxpr"], values)
+        else:
+            options = equation.primitive.get_bind_params(equation.params)
+            found = equation.primitive.bind(*values, **options)
+            found = found if equation.primitive.multiple_results else [found]
+        env.update(zip(equation.outvars, found, strict=True))
+
+
+def _read(var: Any, env: dict[Any, Any]) -> Any:
+    return var.val if isinstance(var, Literal) else env[var]
 
 
 class _Program:
@@ -55,7 +94,7 @@ class _Program:
 
     def run(self) -> list[Any]:
         free, groups = self._groups()
-        self._evaluate(free)
+        _evaluate(free, self.env)
         outputs: dict[int, Any] = {}
         before: list[Any] = []
         for inputs, equations in groups:
@@ -63,7 +102,7 @@ class _Program:
             if before:
                 arrays = jax.lax.optimization_barrier((arrays, before))[0]
             self.env.update(zip(inputs, map(on_device, arrays), strict=True))
-            self._evaluate(equations)
+            _evaluate(equations, self.env)
             made = {var for equation in equations for var in equation.outvars} | set(inputs)
             mine = [n for n, out in enumerate(self.jaxpr.outvars)
                     if not isinstance(out, Literal) and out in made]  # fmt: skip
@@ -74,7 +113,7 @@ class _Program:
                 outputs[n] = value
             before = [outputs[n] for n in mine]
         rest = (n for n in range(len(self.jaxpr.outvars)) if n not in outputs)
-        outputs |= {n: self._read(self.jaxpr.outvars[n]) for n in rest}
+        outputs |= {n: _read(self.jaxpr.outvars[n], self.env) for n in rest}
         return [outputs[n] for n in range(len(self.jaxpr.outvars))]
 
     def _groups(self) -> tuple[list[Any], list[tuple[list[Any], list[Any]]]]:
@@ -104,13 +143,3 @@ class _Program:
         for equation, var in bound:
             groups[find(var)][1].append(equation)
         return free, list(groups.values())
-
-    def _evaluate(self, equations: list[Any]) -> None:
-        for equation in equations:
-            options = equation.primitive.get_bind_params(equation.params)
-            found = equation.primitive.bind(*map(self._read, equation.invars), **options)
-            found = found if equation.primitive.multiple_results else [found]
-            self.env.update(zip(equation.outvars, found, strict=True))
-
-    def _read(self, var: Any) -> Any:
-        return var.val if isinstance(var, Literal) else self.env[var]
