@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-READERS = 8  # threads that read the layers of one leaf
+# Threads that read the layers of one leaf: one more than can compute, as one may wait for the disk.
+READERS = min((os.cpu_count() or 1) + 1, 8)
 
 # What a processor is made of; weights and the model's own config are written, never copied.
 EXTRA_FILES = (

@@ -60,7 +60,7 @@ class Entry:
 
 
 ALIGNMENT = 64  # bytes; what lies so on a CPU becomes an array of jax without a copy
-BLOCK = 64  # rows of a matrix transposed at a time: a block's cache lines stay in the first cache
+BLOCK = 128  # rows of a matrix transposed at a time: a block's cache lines stay in the caches
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
