@@ -161,6 +161,8 @@ class SlotSampler:
           limits: [N, G], longest response of each sample in tokens, 1 to R; None: R for all.
           done: called with a prompt's number and its samples as soon as they are there.
         """
+        if not count:
+            return []
         seeds = np.asarray(seeds, np.uint32)
         limits = np.full(seeds.shape, self.room) if limits is None else np.asarray(limits)
         if seeds.shape[1] > self.samples or limits.max() > self.room or limits.min() < 1:

@@ -47,15 +47,18 @@ def text(config):
     )
 
 
-def llava():
-    config, images = world.llava_config(text=dict(max_position_embeddings=128)), [2, 1]
-    batch = world.image_batch(config, [13, 9], 14, images)
+def pictures(config, batch, images):
     return (
         config,
         batch,
         lambda m, **k: world.torch_logits(m, batch, images, **k),
         (lambda: world.torch_inputs(batch, images, pad_left=1)[0]),
     )
+
+
+def llava():
+    config, images = world.llava_config(text=dict(max_position_embeddings=128)), [2, 1]
+    return pictures(config, world.image_batch(config, [13, 9], 14, images), images)
 
 
 def llava_next():
@@ -96,13 +99,7 @@ def qwen2_audio():
 
 def chameleon():
     config, images = drawings.chameleon_config(world, max_position_embeddings=128), [2, 1]
-    batch = drawings.pixel_batch(world, [38, 21], 39, images)
-    return (
-        config,
-        batch,
-        lambda m, **k: world.torch_logits(m, batch, images, **k),
-        (lambda: world.torch_inputs(batch, images, pad_left=1)[0]),
-    )
+    return pictures(config, drawings.pixel_batch(world, [38, 21], 39, images), images)
 
 
 FAMILIES = {

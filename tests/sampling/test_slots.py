@@ -213,6 +213,11 @@ def test_the_next_prompts_are_read_while_others_write(llava, expected, monkeypat
     assert_same(run(llava, batch, seeds, slots=1, asked=wanted), samples)
 
 
+def test_no_prompts(llava, expected):
+    batch, seeds, _ = expected
+    assert run(llava, batch, seeds[:0]) == []
+
+
 def test_prompts_that_cannot_be_read(llava, expected):
     def asked(indices):
         if 3 in indices:
